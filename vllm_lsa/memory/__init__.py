@@ -1,0 +1,1 @@
+"""The two tiers of the KV cache and the copies between them."""

@@ -1,0 +1,66 @@
+"""Sizes of the KV cache: one place for the arithmetic of blocks, chunks and pages.
+
+A *block* is vLLM's unit of allocation (``block_tokens`` tokens, all layers); a *chunk* is LSA's unit of
+residency (``chunk_tokens`` tokens of one layer); a *page* is the memory of one chunk in one layer,
+``[2, num_kv_heads, chunk_tokens, head_dim]`` with K at index 0 and V at index 1. Pages look the same in both
+tiers, so moving one is a plain copy.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class KVGeometry:
+    """Shape of the KV cache of one rank.
+
+    num_layers, num_kv_heads, num_q_heads: counts on this rank. head_dim: elements of one head. dtype: of K and V.
+    block_tokens: tokens in a vLLM block. chunk_tokens: tokens in a chunk; divides block_tokens.
+    """
+
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    block_tokens: int
+    chunk_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.block_tokens % self.chunk_tokens:
+            raise ValueError(f"chunk_tokens={self.chunk_tokens} does not divide block_tokens={self.block_tokens}")
+        if self.num_q_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads={self.num_kv_heads} does not divide num_q_heads={self.num_q_heads}")
+
+    @property
+    def chunks_per_block(self) -> int:
+        return self.block_tokens // self.chunk_tokens
+
+    @property
+    def page_shape(self) -> tuple[int, int, int, int]:
+        """Shape of one page: ``(2, num_kv_heads, chunk_tokens, head_dim)``."""
+        return (2, self.num_kv_heads, self.chunk_tokens, self.head_dim)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one chunk in one layer, K and V."""
+        return 2 * self.num_kv_heads * self.chunk_tokens * self.head_dim * self.dtype.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in the host store: K and V of all layers."""
+        return self.num_layers * self.chunks_per_block * self.page_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token: K and V of all layers."""
+        return self.block_bytes // self.block_tokens
+
+    def chunks(self, tokens: int) -> int:
+        """Chunks that `tokens` tokens touch."""
+        return -(-tokens // self.chunk_tokens)
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that `tokens` tokens touch."""
+        return -(-tokens // self.block_tokens)
