@@ -1,0 +1,46 @@
+"""The whole KV cache in host memory: one row per vLLM block id, all layers of a block contiguous."""
+
+import numpy as np
+import torch
+
+from vllm_lsa.memory.geometry import KVGeometry
+
+
+class HostStore:
+    """Paged K/V of every block, ``pages`` of shape ``[num_blocks * layers * chunks_per_block, 2, Hkv, C, D]``.
+
+    The page of (block b, layer l, chunk c of the block) is row ``(b * layers + l) * chunks_per_block + c``. With
+    ``pin``, the memory is page-locked so that a CUDA device can copy from it asynchronously.
+    """
+
+    def __init__(self, geometry: KVGeometry, num_blocks: int, pin: bool = False) -> None:
+        self.geometry = geometry
+        self.num_blocks = num_blocks
+        self.num_pages = num_blocks * geometry.num_layers * geometry.chunks_per_block
+        self.pages = torch.empty(self.num_pages, *geometry.page_shape, dtype=geometry.dtype, pin_memory=pin)
+        self._blocks = self.pages.view(num_blocks, -1)
+        # Page of layer 0 plus this is the page of layer l.
+        self.layer_offset = np.arange(geometry.num_layers, dtype=np.int64) * geometry.chunks_per_block
+
+    def page_ids(self, blocks: np.ndarray, chunks: np.ndarray) -> np.ndarray:
+        """Pages in layer 0 of a request's chunks.
+
+        blocks: int [num_blocks of the request], its block ids in order. chunks: int [n], chunk numbers in the request.
+        Returns int64 [n]; add ``layer_offset[l]`` for layer l.
+        """
+        per_block = self.geometry.chunks_per_block
+        block = blocks[chunks // per_block].astype(np.int64)
+        return block * (self.geometry.num_layers * per_block) + chunks % per_block
+
+    def block_pages(self, blocks: np.ndarray) -> np.ndarray:
+        """All pages of the blocks, int64 [len(blocks) * layers * chunks_per_block]."""
+        per_row = self.geometry.num_layers * self.geometry.chunks_per_block
+        return (blocks.astype(np.int64)[:, None] * per_row + np.arange(per_row)).reshape(-1)
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Repeat vLLM's copy-on-write of a block."""
+        self._blocks[target].copy_(self._blocks[source])
+
+    def poison(self, blocks: np.ndarray) -> None:
+        """Fill blocks with NaN (check mode): what is read there was never written for its new owner."""
+        self._blocks[torch.from_numpy(blocks.astype(np.int64))] = float("nan")
