@@ -1,0 +1,1 @@
+"""Demand: which chunks that are not resident a layer reads for the query of this very step."""

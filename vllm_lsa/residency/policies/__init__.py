@@ -1,0 +1,1 @@
+"""Lookahead policies: which chunks the next cycle will attend to."""

@@ -1,0 +1,46 @@
+"""The contract of a lookahead policy."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from vllm_lsa.indexer.base import ChunkIndex
+
+
+@dataclass
+class ScoreInput:
+    """What a policy may look at: one request at the end of a cycle.
+
+    query: [L, Hq, D], the last token's query per layer, RoPE applied; None unless the policy needs it.
+    cells: uint8 [L, >= N, Hkv, b], cells of the policy's own index; None if it has none. Those past N are not read.
+    num_layers: L. num_chunks: N, the request's full chunks. scale: of q·k in the softmax. mode: how heads combine.
+    request_seed: the same for a request in every process. cycle: counts the request's selections.
+    """
+
+    query: torch.Tensor | None
+    cells: torch.Tensor | None
+    num_chunks: int
+    num_layers: int
+    scale: float
+    mode: Literal["or", "mean"]
+    request_seed: int
+    cycle: int
+    device: torch.device
+
+
+class LookaheadPolicy(ABC):
+    """Scores chunks by how much the next cycle is expected to need them."""
+
+    name: ClassVar[str]
+    needs_query: ClassVar[bool] = False
+    index_type: ClassVar[type[ChunkIndex] | None] = None
+
+    def __init__(self, chunk_tokens: int, head_dim: int, dtype: torch.dtype) -> None:
+        """chunk_tokens: C. head_dim: D. dtype: of the keys."""
+        self.index: ChunkIndex | None = self.index_type and self.index_type(chunk_tokens, head_dim, dtype)
+
+    @abstractmethod
+    def score(self, x: ScoreInput) -> torch.Tensor:
+        """Scores fp32 [L, N] in [0, 1] on x.device."""

@@ -1,0 +1,22 @@
+"""Policies that look at the request's last query."""
+
+import torch
+
+from vllm_lsa.residency.policies.base import LookaheadPolicy, ScoreInput
+
+_LEAST = torch.finfo(torch.float32).tiny
+
+
+class QueryPolicy(LookaheadPolicy):
+    """Score: the share of attention mass that the index estimates for the last query, as if it asked again.
+
+    Each head's shares are a softmax over the chunks; heads combine by maximum ("or") or mean. A share that underflows
+    counts as the least positive one, so that threshold 0 fills the budget.
+    """
+
+    needs_query = True
+
+    def score(self, x: ScoreInput) -> torch.Tensor:
+        assert self.index is not None and x.query is not None and x.cells is not None
+        shares = self.index.chunk_logits(x.query, x.cells[:, : x.num_chunks], x.scale).softmax(-1)
+        return (shares.amax(1) if x.mode == "or" else shares.mean(1)).clamp(min=_LEAST)
