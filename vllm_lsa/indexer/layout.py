@@ -12,8 +12,8 @@ _ALIGN = 16
 class IndexLayout:
     """Cells that hold the cells of several indexes one after the other; equal indexes share theirs.
 
-    Each part, and so the whole, is padded to a multiple of 16 bytes, which suits loads of any dtype. An empty layout has
-    cells of 16 unused bytes, since vLLM cannot page nothing.
+    Each part, and so the whole, is padded to a multiple of 16 bytes, which suits loads of any dtype. An empty layout
+    has cells of 16 unused bytes, since vLLM cannot page nothing.
     """
 
     def __init__(self, indexes: Sequence[ChunkIndex]) -> None:

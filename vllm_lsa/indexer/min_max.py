@@ -8,7 +8,7 @@ from vllm_lsa.indexer.linear import LinearIndex
 class MinMaxIndex(LinearIndex):
     """Cell: minima, then maxima of the keys per dimension, 2 D values of `dtype`.
 
-    Logit: ``scale * sum_d max(q_d * min_d, q_d * max_d)``, an upper bound of the scaled q·k of every token in the chunk.
+    Logit: ``scale * sum_d max(q_d * min_d, q_d * max_d)``, an upper bound of every token's scaled q·k.
     """
 
     name = "quest"
