@@ -1,5 +1,7 @@
 """The device pool: a fixed number of slots, each holding the page of one (layer, chunk)."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -28,6 +30,9 @@ class SlotPool:
         self.owner = np.full(num_slots, FREE, np.int64)
         self.refs = np.zeros(num_slots, np.int32)
         self.last_used = np.zeros(num_slots, np.int64)
+        # Slots whose page is still on its way; `settle` waits until all have come.
+        self.arriving = np.zeros(num_slots, bool)
+        self.settle: Callable[[], None] = lambda: None
         self.evictions = 0
         self._clock = 0
         self._free = np.arange(num_slots - 1, -1, -1, dtype=np.int64)
@@ -53,8 +58,17 @@ class SlotPool:
         return self.num_slots - self.num_pinned
 
     def lookup(self, pages: np.ndarray) -> np.ndarray:
-        """Slot of each host page, -1 where it is not resident. int64 [n] → int64 [n]."""
-        return self._slot_of[pages].astype(np.int64)
+        """Slot of each host page, -1 where it is not resident. int64 [...] → int64 [...]."""
+        slots = self._slot_of[pages].astype(np.int64)
+        if self.arriving[slots[slots >= 0]].any():
+            self.settle()
+        return slots
+
+    def retain(self, pages: np.ndarray) -> np.ndarray:
+        """Pin those of n distinct host pages that are resident. Returns their slots int64 [n], -1 for the others."""
+        slots = self.lookup(pages)
+        self.refs[slots[slots >= 0]] += 1
+        return slots
 
     def acquire(self, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Pin a slot for each of n distinct host pages.
@@ -62,8 +76,7 @@ class SlotPool:
         Returns (slots int64 [n], -1 where the pool is exhausted; fresh bool [n], True where the slot is new and the
         page has still to be written into it). Earlier pages are served first.
         """
-        slots = self.lookup(pages)
-        self.refs[slots[slots >= 0]] += 1
+        slots = self.retain(pages)
         missing = np.flatnonzero(slots < 0)
         given = self._take(len(missing))
         fresh = np.zeros(len(pages), bool)

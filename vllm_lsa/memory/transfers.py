@@ -15,7 +15,10 @@ from vllm_lsa.ops.write_tokens import write_tokens
 
 
 class Ticket(ABC):
-    """A copy under way."""
+    """A copy under way into `slots`."""
+
+    def __init__(self, slots: np.ndarray) -> None:
+        self.slots = slots
 
     @abstractmethod
     def wait(self) -> None:
@@ -40,14 +43,45 @@ class Transfers(ABC):
         self.store = store
         self.pool = pool
         self.counts = TransferCounts()
+        self._outstanding: list[Ticket] = []
+        # Another request may come upon a page that is still on its way.
+        pool.settle = self.settle
+
+    def fetch(self, pages: np.ndarray, slots: np.ndarray, ahead: bool = False) -> Ticket:
+        """Copy host pages int64 [n] into slots int64 [n]. With `ahead`, the copy may overlap what follows; without,
+        work submitted from here on sees the pages, and the time it takes is counted as a stall."""
+        self.counts.bytes_fetched += self._bytes(len(pages))
+        if ahead and len(pages):
+            ticket = self._submit(pages, slots)
+            self.pool.arriving[slots] = True
+            self._outstanding.append(ticket)
+            return ticket
+        start = time.perf_counter()
+        self._copy_now(pages, slots)
+        self.counts.stall_seconds += time.perf_counter() - start
+        return _Done(slots)
+
+    def wait(self, ticket: Ticket) -> None:
+        """Wait for a ticket; the time counts as a stall of decode."""
+        start = time.perf_counter()
+        ticket.wait()
+        self.counts.stall_seconds += time.perf_counter() - start
+        if ticket in self._outstanding:
+            self._outstanding.remove(ticket)
+            self.pool.arriving[ticket.slots] = False
+
+    def settle(self) -> None:
+        """Wait for everything under way."""
+        for ticket in list(self._outstanding):
+            self.wait(ticket)
 
     @abstractmethod
-    def fetch(self, pages: np.ndarray, slots: np.ndarray, ahead: bool = False) -> Ticket:
-        """Copy host pages int64 [n] into slots int64 [n]. With `ahead`, the copy may overlap what follows."""
+    def _copy_now(self, pages: np.ndarray, slots: np.ndarray) -> None:
+        """Copy, ordered before the work submitted next."""
 
-    def fetch_now(self, pages: np.ndarray, slots: np.ndarray) -> None:
-        """`fetch` that decode has to wait for."""
-        self.wait(self.fetch(pages, slots))
+    @abstractmethod
+    def _submit(self, pages: np.ndarray, slots: np.ndarray) -> Ticket:
+        """Start a copy beside the work submitted next."""
 
     @abstractmethod
     def stream(self, pages: np.ndarray, slots: np.ndarray) -> None:
@@ -59,12 +93,6 @@ class Transfers(ABC):
 
         k, v: [t, Hkv, D] on the device. offset, slot: int32 [t], position in the chunk and slot or -1. page: int64 [t].
         """
-
-    def wait(self, ticket: Ticket) -> None:
-        """Wait for a ticket and count the time as a stall of decode."""
-        start = time.perf_counter()
-        ticket.wait()
-        self.counts.stall_seconds += time.perf_counter() - start
 
     def close(self) -> None:
         """End helper threads."""
@@ -79,7 +107,8 @@ class _Done(Ticket):
 
 
 class _FutureTicket(Ticket):
-    def __init__(self, future: "Future[None]") -> None:
+    def __init__(self, slots: np.ndarray, future: "Future[None]") -> None:
+        super().__init__(slots)
         self._future = future
 
     def wait(self) -> None:
@@ -93,17 +122,8 @@ class CpuTransfers(Transfers):
         super().__init__(store, pool)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lsa-fetch")
 
-    def fetch(self, pages: np.ndarray, slots: np.ndarray, ahead: bool = False) -> Ticket:
-        self.counts.bytes_fetched += self._bytes(len(pages))
-        if ahead:
-            return _FutureTicket(self._thread.submit(self._copy, pages, slots))
-        self._copy(pages, slots)
-        return _Done()
-
-    def fetch_now(self, pages: np.ndarray, slots: np.ndarray) -> None:
-        start = time.perf_counter()
-        self.fetch(pages, slots)
-        self.counts.stall_seconds += time.perf_counter() - start
+    def _submit(self, pages: np.ndarray, slots: np.ndarray) -> Ticket:
+        return _FutureTicket(slots, self._thread.submit(self._copy_now, pages, slots))
 
     def stream(self, pages: np.ndarray, slots: np.ndarray) -> None:
         self.counts.bytes_streamed += self._bytes(len(pages))
@@ -116,14 +136,15 @@ class CpuTransfers(Transfers):
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _copy(self, pages: np.ndarray, slots: np.ndarray) -> None:
+    def _copy_now(self, pages: np.ndarray, slots: np.ndarray) -> None:
         start = time.perf_counter()
         copy_pages(self.pool.pages, torch.from_numpy(slots), self.store.pages, torch.from_numpy(pages))
         self.counts.fetch_seconds += time.perf_counter() - start
 
 
 class _EventTicket(Ticket):
-    def __init__(self, event: torch.cuda.Event) -> None:
+    def __init__(self, slots: np.ndarray, event: torch.cuda.Event) -> None:
+        super().__init__(slots)
         self._event = event
 
     def wait(self) -> None:
@@ -141,22 +162,21 @@ class CudaTransfers(Transfers):
         super().__init__(store, pool)
         self._stream = torch.cuda.Stream(pool.pages.device)
 
-    def fetch(self, pages: np.ndarray, slots: np.ndarray, ahead: bool = False) -> Ticket:
-        self.counts.bytes_fetched += self._bytes(len(pages))
-        return self._enqueue(pages, slots)
+    def _copy_now(self, pages: np.ndarray, slots: np.ndarray) -> None:
+        self._submit(pages, slots).wait()
 
     def stream(self, pages: np.ndarray, slots: np.ndarray) -> None:
         self.counts.bytes_streamed += self._bytes(len(pages))
-        self._enqueue(pages, slots).wait()
+        self._copy_now(pages, slots)
 
     def write(self, k: torch.Tensor, v: torch.Tensor, offset: torch.Tensor, slot: torch.Tensor, page: torch.Tensor) -> None:
         self.counts.bytes_written_back += 2 * k.numel() * k.element_size()
-        device = k.device
-        write_tokens(k, v, offset.to(device), self.pool.pages, slot.to(device), None, None)
-        # The host copy must be there before a later fetch on the side stream reads it: a synchronous copy is.
-        write_tokens(k.cpu(), v.cpu(), offset, None, None, self.store.pages, page)
+        none = torch.full_like(slot, -1)
+        write_tokens(k, v, offset, self.pool.pages, slot, self.pool.pages, none.long())
+        # A synchronous copy: a later fetch on the side stream finds the tokens in the host store.
+        write_tokens(k.cpu(), v.cpu(), offset.cpu(), self.store.pages, none.cpu(), self.store.pages, page)
 
-    def _enqueue(self, pages: np.ndarray, slots: np.ndarray) -> Ticket:
+    def _submit(self, pages: np.ndarray, slots: np.ndarray) -> Ticket:
         start = time.perf_counter()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -165,7 +185,7 @@ class CudaTransfers(Transfers):
             event = torch.cuda.Event()
             event.record()
         self.counts.fetch_seconds += time.perf_counter() - start
-        return _EventTicket(event)
+        return _EventTicket(slots, event)
 
 
 def make_transfers(store: HostStore, pool: SlotPool) -> Transfers:

@@ -1,0 +1,177 @@
+"""LSA of one rank without vLLM: memory, residency and attention put together."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from vllm_lsa.attention import LayerAttention
+from vllm_lsa.config import LsaConfig
+from vllm_lsa.indexer.layout import IndexLayout
+from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.memory.host_store import HostStore
+from vllm_lsa.memory.slot_pool import SlotPool
+from vllm_lsa.memory.transfers import Transfers, make_transfers
+from vllm_lsa.metrics import MetricsWriter
+from vllm_lsa.residency.demand import make_demand
+from vllm_lsa.residency.lookahead import LookaheadScheduler
+from vllm_lsa.residency.plan import Row, StepPlan
+from vllm_lsa.residency.planner import plan_step
+from vllm_lsa.residency.policies import make_policy
+from vllm_lsa.residency.policies.base import ScoreInput
+from vllm_lsa.residency.requests import Request, RequestMirror, StepUpdate
+from vllm_lsa.residency.selection import select
+
+# Pages in the staging area; its halves take turns, so a tile of streamed history is half of it.
+STAGING_PAGES = 512
+
+
+def index_layout(config: LsaConfig, chunk_tokens: int, head_dim: int, dtype: torch.dtype) -> IndexLayout:
+    """The index cell that the configured policy and demand need, shared where they use the same index."""
+    policy = make_policy(config.indexer, chunk_tokens, head_dim, dtype)
+    demand = make_demand(config.demand, config.demand_chunks, chunk_tokens, head_dim, dtype)
+    return IndexLayout([index for index in (policy.index, demand.index) if index is not None])
+
+
+class LsaEngine:
+    """The device pool from the start, the host store once `attach` says how many blocks there are.
+
+    A step is `open_step` (what the scheduler decided), `plan` (the rows of the batch), `attend` for each layer, and
+    `close_step`.
+    """
+
+    def __init__(
+        self, config: LsaConfig, geometry: KVGeometry, scale: float, num_slots: int, max_requests: int,
+        device: torch.device, metrics: MetricsWriter | None = None,
+    ) -> None:
+        self.config = config
+        self.geometry = geometry
+        self.mirror = RequestMirror(geometry.block_tokens)
+        self._scale = scale
+        self._device = device
+        self._metrics = metrics
+        self._prompts: dict[str, int] = {}
+        self._max_requests = max_requests
+        self._poison = config.check == "poison"
+        self._policy = make_policy(config.indexer, geometry.chunk_tokens, geometry.head_dim, geometry.dtype)
+        self._demand = make_demand(
+            config.demand, config.demand_chunks, geometry.chunk_tokens, geometry.head_dim, geometry.dtype
+        )
+        self.layout = index_layout(config, geometry.chunk_tokens, geometry.head_dim, geometry.dtype)
+        self.pool = SlotPool(geometry, num_slots, STAGING_PAGES, device, self._poison)
+        self._queries = torch.zeros(
+            max_requests, geometry.num_layers, geometry.num_q_heads, geometry.head_dim, dtype=geometry.dtype, device=device
+        )
+        self.store: HostStore | None = None
+
+    def attach(self, num_blocks: int, cells: Sequence[torch.Tensor]) -> None:
+        """Allocate the host store for `num_blocks` blocks and take over the index cells of every layer.
+
+        cells: one tensor a layer, uint8 [num_blocks, Hkv, chunks_per_block, cell_bytes].
+        """
+        self.store = HostStore(self.geometry, num_blocks, pin=self._device.type == "cuda")
+        if self._poison:
+            self.store.pages.fill_(float("nan"))
+        self.pool.bind(self.store.num_pages)
+        self.transfers: Transfers = make_transfers(self.store, self.pool)
+        self.attention = LayerAttention(
+            self.geometry, self._scale, self.pool, self.transfers, self.layout, self._demand, self.config.demand_ring,
+            self._queries,
+        )
+        self.attention.cells = list(cells)
+        self.lookahead = LookaheadScheduler(
+            self.config, self.geometry, self.pool, self.transfers, self._select, self._max_requests
+        )
+
+    def open_step(self, update: StepUpdate) -> None:
+        """Apply what the scheduler decided, before any work of the step."""
+        assert self.store is not None
+        for request in self.mirror.leave(update):
+            self.lookahead.leave(request)
+        for name in update.finished:
+            self._prompts.pop(name, None)
+        self._prompts.update((new.id, new.num_prompt) for new in update.new)
+        fresh = self.mirror.enter(update, self._prompts)
+        targets = np.array([target for _, target in update.block_copies], np.int32)
+        changed = np.union1d(fresh, targets)
+        self.pool.invalidate(self.store.block_pages(changed))
+        if self._poison and len(changed):
+            self.store.poison(changed)
+        for source, target in update.block_copies:
+            self.store.copy_block(source, target)
+
+    def plan(self, rows: Sequence[tuple[str, int]]) -> StepPlan:
+        """Decide the resident sets of a step and lay it out. rows: (request id, tokens) in the order of the batch."""
+        assert self.store is not None
+        start, placed = 0, []
+        for name, length in rows:
+            placed.append(Row(self.mirror.requests[name], start, length))
+            start += length
+        self.lookahead.prepare(placed)
+        return plan_step(
+            placed, self.lookahead, self.geometry, self.store, self.pool, self.config.demand_ring, self._device
+        )
+
+    def attend(
+        self, plan: StepPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Attention of one layer; see `LayerAttention.run`."""
+        self.attention.run(plan, layer, q, k, v, out)
+
+    def close_step(self) -> None:
+        """Publish the metrics."""
+        if self._metrics is None or self.store is None:
+            return
+        geometry, counts, transfers = self.geometry, self.lookahead.counts, self.transfers.counts
+        requests = self.mirror.requests.values()
+        cell = geometry.num_layers * geometry.num_kv_heads * self.layout.cell_bytes
+        values = {
+            "kv_bytes_total": sum(r.length for r in requests) * geometry.token_bytes,
+            "kv_bytes_resident": self.lookahead.num_resident * geometry.page_bytes,
+            "index_bytes": sum(geometry.chunks(r.length) for r in requests) * cell,
+            "pool_slots": self.pool.num_slots,
+            "slots_used": self.pool.num_pinned,
+            "slots_cached": self.pool.num_cached,
+            "live_requests": len(requests),
+            "host_blocks": self.store.num_blocks,
+            "chunks_selected": counts.chunks_selected,
+            "chunks_demanded": self.attention.chunks_demanded,
+            "chunks_missed": counts.chunks_missed + self.attention.chunks_missed,
+            "bytes_fetched": transfers.bytes_fetched,
+            "bytes_written_back": transfers.bytes_written_back,
+            "bytes_streamed": transfers.bytes_streamed,
+            "fetch_seconds": transfers.fetch_seconds,
+            "stall_seconds": transfers.stall_seconds,
+            "cycles": counts.cycles,
+            "evictions": self.pool.evictions,
+        }
+        for name, value in values.items():
+            self._metrics.set(name, value)
+
+    def close(self) -> None:
+        """End helper threads and withdraw the metrics."""
+        if self.store is not None:
+            self.transfers.close()
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def _select(self, request: Request, row: int, num_chunks: int, budget_chunks: int, cycle: int) -> np.ndarray:
+        config, policy = self.config, self._policy
+        cells = query = None
+        if policy.index is not None:
+            layers = range(self.geometry.num_layers)
+            cells = torch.stack(
+                [self.layout.part(self.attention.request_cells(request, l, num_chunks), policy.index) for l in layers]
+            )
+            query = self._queries[row]
+        scores = policy.score(
+            ScoreInput(
+                query=query, cells=cells, num_chunks=num_chunks, num_layers=self.geometry.num_layers, scale=self._scale,
+                mode=config.mode, request_seed=request.seed, cycle=cycle, device=self._device,
+            )
+        )
+        mask = select(
+            scores, budget_chunks=budget_chunks, threshold=config.threshold, sink_chunks=config.sink_chunks,
+            recency_chunks=config.recency_chunks, shared=config.sets == "shared", mode=config.mode,
+        )
+        return mask.cpu().numpy()

@@ -1,0 +1,209 @@
+"""The engine of one worker process and the places where vLLM's worker touches it."""
+
+import functools
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_lsa.config import GIB, LsaConfig
+from vllm_lsa.engine import LsaEngine
+from vllm_lsa.errors import LsaError
+from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.metrics import MetricsWriter
+from vllm_lsa.plugin import metrics as plugin_metrics
+from vllm_lsa.plugin.scheduler_output import step_update
+from vllm_lsa.plugin.validate import host_blocks
+from vllm_lsa.residency.plan import StepPlan
+
+logger = init_logger("vllm.lsa")
+
+
+class Runtime:
+    """Owns the `LsaEngine` of one vLLM worker and translates between the two."""
+
+    _by_instance: ClassVar[dict[str, "Runtime"]] = {}
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> "Runtime":
+        """The runtime of an engine instance in this process."""
+        name = vllm_config.instance_id
+        if name not in cls._by_instance:
+            cls._by_instance[name] = cls(vllm_config)
+            _hook_worker()
+        return cls._by_instance[name]
+
+    @classmethod
+    def latest(cls) -> "Runtime":
+        """The runtime made last: vLLM asks for cache specs, without saying for whom, right after it loads a model."""
+        return next(reversed(cls._by_instance.values()))
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self.config = LsaConfig.parse(vllm_config.additional_config)
+        self.vllm_config = vllm_config
+        self.engine: LsaEngine | None = None
+        self.host_blocks = 0
+        self._layers: dict[str, int] = {}
+        self._runner: Any = None
+
+    # -- memory -----------------------------------------------------------------------------------------------------
+
+    def allocate_pool(self, impl: Any) -> None:
+        """Allocate the device pool when the first layer's weights are ready: all layers exist by then."""
+        if self.engine is not None:
+            return
+        context = self.vllm_config.compilation_config.static_forward_context
+        layers = {name: layer for name, layer in context.items() if isinstance(layer, Attention)}
+        shapes = {(a.num_heads, a.num_kv_heads, a.head_size, a.head_size_v, a.impl.scale) for a in layers.values()}
+        if len(shapes) != 1:
+            raise LsaError(f"--attention-backend LSA needs attention layers of one shape, this model has {shapes}")
+        self._layers = {name: index for index, name in enumerate(layers)}
+        geometry = KVGeometry(
+            num_layers=len(layers), num_q_heads=impl.num_heads, num_kv_heads=impl.num_kv_heads, head_dim=impl.head_size,
+            dtype=next(iter(layers.values())).kv_cache_torch_dtype, block_tokens=self.vllm_config.cache_config.block_size,
+            chunk_tokens=self.config.chunk_tokens,
+        )
+        self.host_blocks = host_blocks(self.vllm_config, self.config, geometry)
+        slots = self.config.pool_slots(geometry, self.host_blocks)
+        rank = self.vllm_config.parallel_config.rank
+        self.engine = LsaEngine(
+            self.config, geometry, impl.scale, slots, self.vllm_config.scheduler_config.max_num_seqs,
+            torch.device(self.vllm_config.device_config.device or "cpu"),
+            MetricsWriter(plugin_metrics.directory(self.vllm_config), rank),
+        )
+        logger.info(
+            "LSA: host store %d blocks (%.2f GiB), device pool %d slots (%.2f GiB), budget %g, indexer %s, demand %s",
+            self.host_blocks, self.host_blocks * geometry.block_bytes / GIB, slots, slots * geometry.page_bytes / GIB,
+            self.config.budget, self.config.indexer, self.config.demand,
+        )
+
+    def cap_memory(self, available: int) -> int:
+        """Device bytes for index cells, so that vLLM makes as many blocks as the host store holds."""
+        if self.engine is None:
+            return available
+        geometry = self.engine.geometry
+        per_block = (
+            geometry.num_layers * geometry.num_kv_heads * geometry.chunks_per_block * self.engine.layout.cell_bytes
+        )
+        return min(available, self.host_blocks * per_block)
+
+    def attach(self) -> None:
+        """Allocate the host store; vLLM has just made its blocks."""
+        if self.engine is None:
+            return
+        context = self.vllm_config.compilation_config.static_forward_context
+        cells = [context[name].kv_cache.view(torch.uint8) for name in self._layers]
+        self.engine.attach(cells[0].shape[0], cells)
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def open_step(self, runner: Any, scheduler_output: Any) -> None:
+        if self.engine is not None:
+            self._runner = runner
+            self.engine.open_step(step_update(scheduler_output))
+
+    def close_step(self) -> None:
+        if self.engine is not None:
+            self._runner = None
+            self.engine.close_step()
+
+    def plan(self, common: CommonAttentionMetadata) -> StepPlan | None:
+        """Plan the open step; None when there is none (dummy and capture runs)."""
+        if self.engine is None or self._runner is None:
+            return None
+        lengths = common.query_start_loc_cpu.diff().tolist()
+        names = self._row_names(common)
+        if self.config.check != "off":
+            self._check(common, names)
+        return self.engine.plan(list(zip(names, lengths, strict=False)))
+
+    def _row_names(self, common: CommonAttentionMetadata) -> list[str]:
+        """Request ids in the order of the batch; both model runners keep one, in different places."""
+        if common.req_idx is not None:
+            names = self._runner.req_states.index_to_req_id
+            return [names[int(i)] for i in common.req_idx]
+        return list(self._runner.input_batch.req_ids)[: common.num_reqs]
+
+    def _check(self, common: CommonAttentionMetadata, names: list[str]) -> None:
+        assert self.engine is not None
+        lengths = common.seq_lens.tolist()
+        tables = common.block_table_tensor.cpu().numpy()
+        for i, name in enumerate(names):
+            self.engine.mirror.check(name, tables[i], lengths[i])
+
+    def attend(
+        self, layer_name: str, plan: StepPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        assert self.engine is not None
+        self.engine.attend(plan, self._layers[layer_name], q, k, v, out)
+
+    def close(self) -> None:
+        """The worker goes down: end threads, withdraw the metrics."""
+        self._by_instance.pop(self.vllm_config.instance_id, None)
+        if self.engine is not None:
+            self.engine.close()
+
+
+def _hook_worker() -> None:
+    """Wrap the worker methods that LSA has to know of. Only workers get here, and only once a process."""
+    if hasattr(Worker, "_lsa_hooked"):
+        return
+    Worker._lsa_hooked = True
+    from vllm.platforms import current_platform
+
+    owners = [Worker]
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        owners.append(CPUWorker)
+
+    def wrap(name: str, make: Any) -> None:
+        for owner in owners:
+            if name in vars(owner):
+                setattr(owner, name, functools.wraps(vars(owner)[name])(make(vars(owner)[name])))
+
+    def runtime(worker: Any) -> Runtime | None:
+        return Runtime._by_instance.get(worker.vllm_config.instance_id)
+
+    def determine_available_memory(original: Any) -> Any:
+        def wrapped(self: Any) -> int:
+            available = original(self)
+            mine = runtime(self)
+            return mine.cap_memory(available) if mine else available
+        return wrapped
+
+    def initialize_from_config(original: Any) -> Any:
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(self, *args, **kwargs)
+            if mine := runtime(self):
+                mine.attach()
+            return result
+        return wrapped
+
+    def execute_model(original: Any) -> Any:
+        def wrapped(self: Any, scheduler_output: Any) -> Any:
+            mine = runtime(self)
+            if mine is None:
+                return original(self, scheduler_output)
+            mine.open_step(self.model_runner, scheduler_output)
+            try:
+                return original(self, scheduler_output)
+            finally:
+                mine.close_step()
+        return wrapped
+
+    def shutdown(original: Any) -> Any:
+        def wrapped(self: Any) -> Any:
+            if mine := runtime(self):
+                mine.close()
+            return original(self)
+        return wrapped
+
+    wrap("determine_available_memory", determine_available_memory)
+    wrap("initialize_from_config", initialize_from_config)
+    wrap("execute_model", execute_model)
+    wrap("shutdown", shutdown)

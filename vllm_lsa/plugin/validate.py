@@ -1,0 +1,120 @@
+"""Refuses at start-up, in one line, what the LSA backend cannot do (yet)."""
+
+from typing import Any
+
+import psutil
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_lsa.config import GIB, LsaConfig
+from vllm_lsa.errors import LsaError
+from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.plugin import compat
+from vllm_lsa.plugin import metrics as plugin_metrics
+from vllm_lsa.plugin.backend_name import is_lsa
+from vllm_lsa.residency.policies import make_policy
+
+_INSTEAD = "drop it, or use another --attention-backend"
+
+
+def install() -> None:
+    """Check every engine configuration that this process makes for LSA."""
+    original = EngineArgs.create_engine_config
+
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        chosen = is_lsa(self.attention_backend) or is_lsa(self.attention_config.backend)
+        if chosen:
+            compat.require_supported()
+            _check_arguments(self)
+            LsaConfig.parse(self.additional_config)
+        vllm_config = original(self, *args, **kwargs)
+        if chosen:
+            check(vllm_config)
+            plugin_metrics.serve(vllm_config)
+        return vllm_config
+
+    EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]
+
+
+def _check_arguments(args: EngineArgs) -> None:
+    """What can be told from the command line, before the model's configuration is read."""
+    settings = {
+        "--speculative-config": args.speculative_config,
+        "--decode-context-parallel-size": args.decode_context_parallel_size > 1 and args.decode_context_parallel_size,
+        "--prefill-context-parallel-size": args.prefill_context_parallel_size > 1 and args.prefill_context_parallel_size,
+        "--enable-sleep-mode": args.enable_sleep_mode,
+        "--enable-dbo": args.enable_dbo,
+        "--kv-transfer-config": args.kv_transfer_config,
+        "--kv-offloading-size": args.kv_offloading_size,
+    }
+    for name, value in settings.items():
+        if value:
+            raise LsaError(f"{name} ({_short(value)}) does not work with --attention-backend LSA yet: {_INSTEAD}")
+    if args.kv_cache_dtype not in ("auto", "float16", "bfloat16"):
+        raise LsaError(
+            f"--kv-cache-dtype {args.kv_cache_dtype}: --attention-backend LSA keeps K and V unquantised: use auto"
+        )
+
+
+def check(vllm_config: VllmConfig) -> LsaConfig:
+    """Refuse models and sizes that cannot work. Raises LsaError; returns the parsed configuration."""
+    config = LsaConfig.parse(vllm_config.additional_config)
+    model = vllm_config.model_config
+    text = model.hf_text_config
+    layer_types = set(getattr(text, "layer_types", None) or [])
+    refusals = {
+        "encoder-decoder models": model.is_encoder_decoder,
+        "pooling and encoder-only models": model.runner_type != "generate",
+        "multi-head latent attention (MLA)": model.use_mla,
+        "hybrid and attention-free models": model.is_hybrid or model.is_attention_free,
+        "sliding-window attention": model.get_sliding_window() or layer_types & {"sliding_attention", "chunked_attention"},
+        "attention sinks": model.hf_config.model_type == "gpt_oss",
+        "logit soft-capping in attention": getattr(text, "attn_logit_softcapping", None),
+        "quantised KV caches": vllm_config.cache_config.cache_dtype.startswith(("fp8", "int", "nvfp4", "turbo", "ultra")),
+        "KV connectors": vllm_config.kv_transfer_config is not None,
+    }
+    for what, present in refusals.items():
+        if present:
+            raise LsaError(
+                f"--model {model.model}: {what} not supported by --attention-backend LSA yet: choose another model or backend"
+            )
+    geometry = geometry_of(vllm_config, config)
+    make_policy(config.indexer, geometry.chunk_tokens, geometry.head_dim, geometry.dtype)
+    blocks = host_blocks(vllm_config, config, geometry)
+    config.pool_slots(geometry, blocks)
+    need = blocks * geometry.block_bytes * vllm_config.parallel_config.world_size / GIB
+    free = psutil.virtual_memory().available / GIB
+    if need > free:
+        raise LsaError(
+            f"lsa.host_memory_gib={need:.2f} is more than the {free:.2f} GiB of host memory that are free: lower it"
+        )
+    return config
+
+
+def geometry_of(vllm_config: VllmConfig, config: LsaConfig) -> KVGeometry:
+    """KV cache shape of one rank."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    block = vllm_config.cache_config.block_size
+    if block % config.chunk_tokens:
+        raise LsaError(
+            f"lsa.chunk_tokens={config.chunk_tokens} does not divide --block-size {block}: choose a divisor of it"
+        )
+    return KVGeometry(
+        num_layers=model.get_num_layers(parallel),
+        num_q_heads=model.get_num_attention_heads(parallel),
+        num_kv_heads=model.get_num_kv_heads(parallel),
+        head_dim=model.get_head_size(),
+        dtype=model.dtype,
+        block_tokens=block,
+        chunk_tokens=config.chunk_tokens,
+    )
+
+
+def host_blocks(vllm_config: VllmConfig, config: LsaConfig, geometry: KVGeometry) -> int:
+    """Blocks of one rank's host store."""
+    return config.host_blocks(geometry, vllm_config.model_config.max_model_len, vllm_config.parallel_config.world_size)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

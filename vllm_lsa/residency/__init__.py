@@ -1,0 +1,1 @@
+"""Which chunks are on the device: requests, selection policies, the lookahead scheduler."""

@@ -1,0 +1,278 @@
+"""The lookahead scheduler: who keeps everything, who keeps a selected set, and when the sets change."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from vllm_lsa.config import LsaConfig
+from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.memory.slot_pool import SlotPool
+from vllm_lsa.memory.transfers import Ticket, Transfers
+from vllm_lsa.residency.plan import Row
+from vllm_lsa.residency.requests import Request
+from vllm_lsa.residency.resident_set import ResidentSet
+
+
+class Selector(Protocol):
+    """Chooses the chunks of a request for its next cycle."""
+
+    def __call__(self, request: Request, row: int, num_chunks: int, budget_chunks: int, cycle: int) -> np.ndarray:
+        """bool [layers, num_chunks], True for the full chunks to keep."""
+
+
+@dataclass
+class LookaheadCounts:
+    cycles: int = 0
+    chunks_selected: int = 0
+    chunks_missed: int = 0
+
+
+@dataclass
+class _Pending:
+    """A set chosen ahead of its cycle; its chunks are on the way into slots that it already pins."""
+
+    mask: np.ndarray
+    chunks: list[np.ndarray]
+    slots: list[np.ndarray]
+    ticket: Ticket
+
+
+class _State:
+    """Residency of one request. `whole` requests keep every chunk; the others what the last cycle selected."""
+
+    def __init__(self, layers: int, row: int) -> None:
+        self.set = ResidentSet(layers)
+        self.row = row
+        self.whole = True
+        self.selected = False
+        self.pending: _Pending | None = None
+
+
+class LookaheadScheduler:
+    """Keeps every live request's resident set.
+
+    While the chunks of all live requests fit in the pool, each keeps all of its own. Once they do not, the largest
+    requests fall back to their budget, one after the other, until the rest fits. A request on a budget selects every
+    `period` decode steps (paper section on lookahead; lsa.md §4) and its set is fixed in between, apart from the new
+    chunks it writes itself and those it demands.
+    """
+
+    def __init__(
+        self, config: LsaConfig, geometry: KVGeometry, pool: SlotPool, transfers: Transfers, select: Selector, rows: int
+    ) -> None:
+        self._config = config
+        self._geometry = geometry
+        self._pool = pool
+        self._transfers = transfers
+        self._select = select
+        self._budget = 1.0 if config.indexer == "keep_all" else config.budget
+        # Chunks a request on a budget adds to its set between two selections.
+        self._growth = -(-(config.period + config.lead) // geometry.chunk_tokens)
+        self._forced = config.sink_chunks + config.recency_chunks + 1 + self._growth + config.demand_ring
+        self._free_rows = list(range(rows - 1, -1, -1))
+        self._states: dict[Request, _State] = {}
+        self.counts = LookaheadCounts()
+
+    @property
+    def num_resident(self) -> int:
+        """Slots that the sets of live requests refer to, shared ones counted once per request."""
+        return sum(state.set.num_resident for state in self._states.values())
+
+    def resident(self, request: Request) -> ResidentSet:
+        return self._states[request].set
+
+    def row(self, request: Request) -> int:
+        """The request's row in per-request device buffers."""
+        return self._states[request].row
+
+    def is_sparse(self, request: Request) -> bool:
+        return not self._states[request].whole
+
+    def leave(self, request: Request) -> None:
+        """Give back everything a request holds."""
+        state = self._states.pop(request, None)
+        if state is not None:
+            self._drop_pending(state)
+            self._pool.release(state.set.all_slots())
+            self._free_rows.append(state.row)
+
+    def is_decode(self, request: Request) -> bool:
+        """Whether this step's tokens of the request attend to a resident set.
+
+        Tokens of the prompt always attend to the whole history, however they were cut into steps; so do several
+        generated tokens at once (recomputed after a preemption).
+        """
+        return request.num_scheduled == 1 and (
+            request.num_computed >= request.num_prompt or self._states[request].whole
+        )
+
+    def prepare(self, rows: list[Row]) -> None:
+        """Bring every row's resident set to where this step needs it."""
+        for row in rows:
+            if row.request not in self._states:
+                self._states[row.request] = _State(self._geometry.num_layers, self._free_rows.pop())
+        self._settle()
+        # Tails first: a tail without a slot is read from the host at every step.
+        for row in sorted(rows, key=lambda r: r.length):
+            self._grow(row.request)
+        for row in rows:
+            if row.request.num_scheduled == 1 and row.request.num_computed >= row.request.num_prompt:
+                self._cycle(row.request)
+
+    # -- who keeps everything ---------------------------------------------------------------------------------------
+
+    def _cap(self, num_chunks: int) -> int:
+        """Chunks per layer that a request on a budget may keep."""
+        return min(num_chunks, max(int(self._budget * num_chunks), self._forced))
+
+    def _footprint(self, request: Request, whole: bool, ahead: int = 0) -> int:
+        chunks = self._geometry.chunks(request.length + ahead)
+        return self._geometry.num_layers * (chunks if whole else self._cap(chunks))
+
+    def _settle(self) -> None:
+        total = sum(self._footprint(request, state.whole) for request, state in self._states.items())
+        if total <= self._pool.num_slots:
+            return
+        by_size = sorted(self._states.items(), key=lambda item: -item[0].length)
+        for request, state in by_size:
+            saved = self._footprint(request, True) - self._footprint(request, False) if state.whole else 0
+            if saved:
+                state.whole = False
+                state.selected = False
+                total -= saved
+                # What it gives back stays cached: its next selection finds what nobody took in between.
+                self._keep_tail_only(state)
+            if total <= self._pool.num_slots:
+                return
+
+    def _fits_whole(self, request: Request) -> bool:
+        others = sum(self._footprint(r, s.whole) for r, s in self._states.items() if r is not request)
+        return others + self._footprint(request, True, self._config.period) <= self._pool.num_slots
+
+    def _keep_tail_only(self, state: _State) -> None:
+        old = state.set
+        state.set = ResidentSet(self._geometry.num_layers)
+        if old.tail >= 0:
+            state.set.extend(np.array([old.tail]), old.slots[:, :1])
+            old.slots[:, 0] = -1
+        self._pool.release(old.all_slots())
+
+    # -- chunks that a step writes ----------------------------------------------------------------------------------
+
+    def _grow(self, request: Request) -> None:
+        state = self._states[request]
+        last = self._geometry.chunks(request.length) - 1
+        if last == state.set.tail:
+            return
+        if state.whole or (state.set.tail >= 0 and request.num_computed >= request.num_prompt):
+            first = state.set.tail + 1
+        else:
+            # Prefill of a request on a budget: its history is read from the host store, only the tail stays.
+            first = last
+            self._pool.release(state.set.all_slots())
+            state.set = ResidentSet(self._geometry.num_layers)
+        chunks = np.arange(first, last + 1)
+        state.set.extend(chunks, self._acquire(request, chunks))
+
+    def _acquire(self, request: Request, chunks: np.ndarray) -> np.ndarray:
+        """Slots int64 [layers, n] for chunks of all layers; those with tokens from earlier steps are fetched."""
+        pages = self._pages(request, chunks)
+        slots, fresh = self._pool.acquire(pages.reshape(-1))
+        written = np.broadcast_to(chunks * self._geometry.chunk_tokens < request.num_computed, pages.shape).reshape(-1)
+        wanted = fresh & written
+        if wanted.any():
+            self._transfers.fetch(pages.reshape(-1)[wanted], slots[wanted])
+        self.counts.chunks_missed += int((slots < 0).sum())
+        return slots.reshape(pages.shape)
+
+    def _pages(self, request: Request, chunks: np.ndarray) -> np.ndarray:
+        store = self._transfers.store
+        return store.page_ids(request.blocks, chunks)[None, :] + store.layer_offset[:, None]
+
+    # -- cycles -----------------------------------------------------------------------------------------------------
+
+    def _cycle(self, request: Request) -> None:
+        state = self._states[request]
+        step = request.num_computed - request.num_prompt
+        starts = step % self._config.period == 0
+        if state.whole:
+            if starts and state.set.missing:
+                self._refill(request, state.set)
+            return
+        if not state.selected or starts:
+            pending = state.pending or self._choose(request, state, step // self._config.period)
+            self._apply(request, state, pending)
+        elif self._config.lead and (step + self._config.lead) % self._config.period == 0:
+            state.pending = self._choose(request, state, step // self._config.period + 1, ahead=True)
+
+    def _choose(self, request: Request, state: _State, cycle: int, ahead: bool = False) -> _Pending:
+        """Select a set and start fetching what it lacks. When not `ahead`, the old set is given back first."""
+        full = request.num_computed // self._geometry.chunk_tokens
+        if self._fits_whole(request):
+            mask = np.ones((self._geometry.num_layers, full), bool)
+        else:
+            reserved = 1 + self._growth + self._config.demand_ring
+            budget = int(self._budget * (full + 1)) - (reserved if self._budget < 1 else 0)
+            mask = self._select(request, state.row, full, max(budget, 0), cycle)
+        layers, chunks = np.nonzero(mask)
+        pages = self._transfers.store.page_ids(request.blocks, chunks) + self._transfers.store.layer_offset[layers]
+        slots = self._pool.retain(pages)
+        if not ahead:
+            self._release_full(state)
+        lacking = np.flatnonzero(slots < 0)
+        slots[lacking], fresh = self._pool.acquire(pages[lacking])
+        fetched = lacking[fresh]
+        ticket = self._transfers.fetch(pages[fetched], slots[fetched], ahead)
+        self.counts.cycles += 1
+        self.counts.chunks_selected += len(chunks)
+        self.counts.chunks_missed += int((slots < 0).sum())
+        ends = np.cumsum(mask.sum(1))[:-1]
+        return _Pending(mask, np.split(chunks, ends), np.split(slots, ends), ticket)
+
+    def _apply(self, request: Request, state: _State, pending: _Pending) -> None:
+        """Make a chosen set the resident one: tail, chosen chunks, and what became full since the choice."""
+        old = state.set
+        since = np.arange(pending.mask.shape[1], old.tail)
+        new = ResidentSet(self._geometry.num_layers, int(pending.mask.sum(1).max(initial=0)) + len(since) + 2)
+        new.extend(np.array([old.tail]), old.slots[:, :1])
+        old.slots[:, 0] = -1
+        for layer in range(self._geometry.num_layers):
+            new.append(layer, pending.chunks[layer], pending.slots[layer])
+            if len(since):
+                chunks, slots = old.layer(layer)
+                entries = [int(np.flatnonzero(chunks == chunk)[0]) for chunk in since]
+                new.append(layer, since, slots[entries])
+                slots[entries] = -1
+        self._release_full(state)
+        self._transfers.wait(pending.ticket)
+        state.set = new
+        state.pending = None
+        state.selected = True
+        state.whole = bool(pending.mask.all()) and self._fits_whole(request)
+
+    def _refill(self, request: Request, resident: ResidentSet) -> None:
+        """Give slots to kept chunks that had none, as far as the pool has become free."""
+        used = np.arange(resident.slots.shape[1]) < resident.counts[:, None]
+        layers, entries = np.nonzero(used & (resident.slots < 0))
+        chunks = resident.chunks[layers, entries]
+        store = self._transfers.store
+        pages = store.page_ids(request.blocks, chunks) + store.layer_offset[layers]
+        slots, fresh = self._pool.acquire(pages)
+        self._transfers.fetch(pages[fresh], slots[fresh])
+        resident.slots[layers, entries] = slots
+        resident.missing = int((slots < 0).sum())
+
+    def _release_full(self, state: _State) -> None:
+        """Give back all slots of the set but the tail's. The entries stay, without slots."""
+        slots = state.set.all_slots()
+        kept = state.set.slots[:, 0].copy()
+        self._pool.release(slots[~np.isin(slots, kept)])
+        state.set.slots[:, 1:] = -1
+
+    def _drop_pending(self, state: _State) -> None:
+        if state.pending is not None:
+            # The copy writes into slots that the pool may hand out again as soon as they are released.
+            self._transfers.wait(state.pending.ticket)
+            self._pool.release(np.concatenate(state.pending.slots))
+            state.pending = None
