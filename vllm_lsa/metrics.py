@@ -122,7 +122,7 @@ def _read(path: Path) -> list[float] | None:
                 # Mapped: read() could return half of a value that is being stored.
                 with mmap.mmap(file.fileno(), _SIZE, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
                     with view.cast("d") as values:
-                        return values.tolist()
+                        return [float(value) for value in values]
     except FileNotFoundError:
         return None
     if path not in _skipped:

@@ -39,7 +39,8 @@ class LookaheadPolicy(ABC):
 
     def __init__(self, chunk_tokens: int, head_dim: int, dtype: torch.dtype) -> None:
         """chunk_tokens: C. head_dim: D. dtype: of the keys."""
-        self.index: ChunkIndex | None = self.index_type and self.index_type(chunk_tokens, head_dim, dtype)
+        kind = self.index_type
+        self.index: ChunkIndex | None = None if kind is None else kind(chunk_tokens, head_dim, dtype)
 
     @abstractmethod
     def score(self, x: ScoreInput) -> torch.Tensor:

@@ -1,0 +1,175 @@
+import pytest
+import torch
+
+from vllm_lsa.errors import LsaError
+from vllm_lsa.indexer.base import ChunkIndex
+from vllm_lsa.indexer.four_bit import FourBitIndex
+from vllm_lsa.indexer.layout import IndexLayout
+from vllm_lsa.indexer.mean_key import MeanKeyIndex
+from vllm_lsa.indexer.min_max import MinMaxIndex
+from vllm_lsa.ops.chunk_lse import decode_keys4
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KINDS: list[type[ChunkIndex]] = [MeanKeyIndex, MinMaxIndex, FourBitIndex]
+# (chunks, kv heads, query heads per kv head, chunk tokens, head dim)
+SHAPES = [(1, 1, 1, 16, 64), (7, 3, 3, 16, 64), (63, 2, 1, 8, 128), (111, 1, 5, 24, 40)]
+ODD = [(5, 3, 2, 7, 63), (17, 2, 3, 1, 5)]
+
+
+def random_keys(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Keys [n, Hkv, C, D] with strides as attention has them, that is a transposed view of [n, C, Hkv, D]."""
+    n, kv_heads, _, chunk, dim = shape
+    return (torch.randn(n, chunk, kv_heads, dim) + torch.randn(kv_heads, dim)).to(dtype).transpose(1, 2)
+
+
+def expected_logits(
+    index: ChunkIndex, query: torch.Tensor, keys: torch.Tensor, cells: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """What the index promises, head by head and chunk by chunk in float64, from the values that cells can hold."""
+    n, kv_heads, chunk, dim = keys.shape
+    group = query.shape[0] // kv_heads
+    if isinstance(index, FourBitIndex):
+        keys = decode_keys4(cells, chunk, dim)
+    out = torch.empty(query.shape[0], n, dtype=torch.float64)
+    for head in range(query.shape[0]):
+        q = query[head].double()
+        for i in range(n):
+            k = keys[i, head // group].double()
+            if isinstance(index, MeanKeyIndex):
+                out[head, i] = scale * (q @ k.mean(0).to(index.dtype).double())
+            elif isinstance(index, MinMaxIndex):
+                out[head, i] = scale * torch.maximum(q * k.amin(0), q * k.amax(0)).sum()
+            else:
+                out[head, i] = torch.logsumexp(scale * (k @ q), 0)
+    return out
+
+
+def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> bool:
+    # A mean on the edge between two values of `dtype` may round either way in fp32 and float64.
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    return got.dtype == torch.float32 and torch.allclose(got.double(), want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("kind", "shape"), [(k, s) for k in KINDS for s in SHAPES] + [(k, s) for k in KINDS[:2] for s in ODD]
+)
+def test_chunk_logits(kind: type[ChunkIndex], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    n, kv_heads, group, chunk, dim = shape
+    index, keys = kind(chunk, dim, dtype), random_keys(shape, dtype)
+    query = torch.randn(kv_heads * group, dim).to(dtype)
+    cells = index.encode(keys)
+    assert cells.dtype == torch.uint8 and cells.shape == (n, kv_heads, index.cell_bytes) and cells.is_contiguous()
+    scale = dim**-0.5
+    got = index.chunk_logits(query, cells, scale)
+    assert close(got, expected_logits(index, query, keys, cells, scale), dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_are_batched(kind: type[ChunkIndex]) -> None:
+    torch.manual_seed(1)
+    index = kind(16, 64, torch.bfloat16)
+    cells = torch.stack([index.encode(random_keys((9, 2, 2, 16, 64), torch.bfloat16)) for _ in range(3)])
+    query = torch.randn(3, 4, 64).bfloat16()
+    got = index.chunk_logits(query, cells, 0.125)
+    assert got.shape == (3, 4, 9)
+    for layer in range(3):
+        assert torch.equal(got[layer], index.chunk_logits(query[layer], cells[layer], 0.125))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quest_bounds_every_token(dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    index, keys = MinMaxIndex(16, 64, dtype), random_keys((50, 1, 1, 16, 64), dtype)
+    query = torch.randn(4, 64).to(dtype)
+    exact = 0.125 * torch.einsum("hd,ntd->hnt", query.double(), keys[:, 0].double()).amax(-1)
+    assert (index.chunk_logits(query, index.encode(keys), 0.125).double() >= exact - 1e-4).all()
+
+
+def test_four_bit_estimates_the_mass() -> None:
+    """A key is off by at most half a step per dimension, and the log of a mass by no more than its worst token."""
+    torch.manual_seed(3)
+    index, keys = FourBitIndex(16, 64, torch.float32), random_keys((80, 1, 1, 16, 64), torch.float32)
+    query = 3 * torch.randn(4, 64)
+    exact = torch.einsum("hd,ntd->hnt", 0.125 * query, keys[:, 0]).logsumexp(-1)
+    error = (index.chunk_logits(query, index.encode(keys), 0.125) - exact).abs()
+    step = (keys.amax(-1) - keys.amin(-1))[:, 0].amax(-1) / 15
+    # 1 % for the rounding of steps and minima to fp16.
+    assert (error <= 1.01 * 0.125 * query.abs().sum(-1, keepdim=True) * step / 2).all()
+    # Independent roundings have standard deviation step / sqrt(12) a dimension; tokens can only average that out.
+    typical = 0.125 * query.norm(dim=-1, keepdim=True) * step / 12**0.5
+    assert error.square().mean() <= typical.square().mean()
+
+
+@pytest.mark.parametrize(("chunk", "dim", "named"), [(4, 64, "chunk_tokens=4"), (16, 60, "head_dim=60")])
+def test_four_bit_names_what_does_not_fit(chunk: int, dim: int, named: str) -> None:
+    with pytest.raises(LsaError, match=named):
+        FourBitIndex(chunk, dim, torch.float32)
+
+
+def test_equality() -> None:
+    assert MeanKeyIndex(16, 64, torch.float16) == MeanKeyIndex(16, 64, torch.float16)
+    assert MeanKeyIndex(16, 64, torch.float16) != MeanKeyIndex(16, 64, torch.bfloat16)
+    assert MeanKeyIndex(16, 64, torch.float16) != MinMaxIndex(16, 32, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [5, 63, 64])
+def test_layout_matches_its_parts(dtype: torch.dtype, dim: int) -> None:
+    torch.manual_seed(4)
+    shape = (13, 3, 2, 8, dim)
+    kinds = KINDS if dim == 64 else KINDS[:2]
+    indexes: list[ChunkIndex] = [kind(8, dim, dtype) for kind in kinds]
+    # The first one twice: lookahead and demand share it.
+    layout = IndexLayout([*indexes, kinds[0](8, dim, dtype)])
+    assert layout.cell_bytes == sum(-(-index.cell_bytes // 16) * 16 for index in indexes)
+    keys, query = random_keys(shape, dtype), torch.randn(6, dim).to(dtype)
+    cells = layout.encode(keys)
+    assert cells.shape == (13, 3, layout.cell_bytes) and torch.equal(cells, layout.encode(keys))
+    for index in indexes:
+        part, alone = layout.part(cells, index), index.encode(keys)
+        assert part.untyped_storage().data_ptr() == cells.untyped_storage().data_ptr()
+        assert torch.equal(part, alone)
+        got, want = index.chunk_logits(query, part, 0.2), index.chunk_logits(query, alone, 0.2)
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("per_block", [1, 2])
+def test_layout_in_vllm_blocks(kind: type[ChunkIndex], per_block: int) -> None:
+    """Cells that lie in blocks [num_blocks, Hkv, chunks_per_block, b], read back through a block table."""
+    torch.manual_seed(5)
+    index = kind(8, 64, torch.bfloat16)
+    layout = IndexLayout([MeanKeyIndex(8, 64, torch.float16), index])
+    keys, query = random_keys((6, 2, 2, 8, 64), torch.bfloat16), torch.randn(4, 64)
+    memory = torch.full((9, 2, per_block, layout.cell_bytes), 0xFF, dtype=torch.uint8)
+    table = torch.tensor([7, 2, 5, 1, 8, 3][: 6 // per_block])
+    chunk = torch.arange(6)
+    memory[table[chunk // per_block], :, chunk % per_block] = layout.encode(keys)
+    cells = memory[table].transpose(1, 2).flatten(0, 1)
+    got = index.chunk_logits(query, layout.part(cells, index), 0.125)
+    assert torch.allclose(got, index.chunk_logits(query, index.encode(keys), 0.125), rtol=1e-5, atol=1e-5)
+
+
+def test_layout_of_one_index_adds_nothing() -> None:
+    index, keys = MeanKeyIndex(16, 64, torch.float32), random_keys((4, 2, 1, 16, 64), torch.float32)
+    layout = IndexLayout([index])
+    assert layout.cell_bytes == index.cell_bytes
+    assert torch.equal(layout.part(layout.encode(keys), index), index.encode(keys))
+
+
+def test_empty_layout() -> None:
+    layout, index = IndexLayout([]), MeanKeyIndex(16, 64, torch.float32)
+    cells = layout.encode(random_keys((3, 2, 1, 16, 64), torch.float32))
+    assert layout.cell_bytes == 16 and cells.shape == (3, 2, 16) and not cells.any()
+    with pytest.raises(KeyError):
+        layout.part(cells, index)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_chunks(kind: type[ChunkIndex]) -> None:
+    index = kind(16, 64, torch.float16)
+    cells = IndexLayout([index]).encode(torch.empty(0, 2, 16, 64, dtype=torch.float16))
+    assert cells.shape == (0, 2, index.cell_bytes)
+    assert index.chunk_logits(torch.ones(4, 64), cells, 1.0).shape == (4, 0)
