@@ -40,18 +40,20 @@ template <int H>
 LSA_INLINE void dot_codes(const float* q, int blocks, const uint8_t* codes, int chunk, int token_bytes, int pad,
                           float* out) {
   for (int t = 0; t < chunk; t += 4) {
-    f8 s[H][4];
-    for (int i = 0; i < 4; i++) {
-      for (int h = 0; h < H; h++) s[h][i] = splat(0);
-      for (int b = 0; b < blocks; b++) {
+    f8 s[H][4] = {};
+    for (int b = 0; b < blocks; b++)
+      LSA_UNROLL
+      for (int i = 0; i < 4; i++) {
         const u8 x = load<u8>(codes + (t + i) * token_bytes + 32 * b);
+        LSA_UNROLL
         for (int n = 0; n < 8; n++) {
           const i8 bits = n < 7 ? (i8)(x & (15u << (4 * n))) : (i8)(x >> 28);
           const f8 c = __builtin_convertvector(bits, f8);
+          LSA_UNROLL
           for (int h = 0; h < H; h++) s[h][i] += c * load<f8>(q + (h * blocks + b) * 64 + 8 * n);
         }
       }
-    }
+    LSA_UNROLL
     for (int h = 0; h < H; h++) {
       const f4 r = sum_each(s[h][0], s[h][1], s[h][2], s[h][3]);
       std::memcpy(out + h * pad + t, &r, sizeof r);

@@ -47,6 +47,8 @@ struct State {
   static int floats(int group, int dim, int chunk) { return group * (2 * dim + padded(chunk) + 2) + 16; }
 };
 
+// While one tile is worked on, the tile needed after it is fetched: hardware prefetch stops where a page ends. Behind
+// the keys of a page come its values, behind those the keys of the next page.
 template <class T, int H>
 LSA_INLINE void scores(const float* q, const T* k, const T* next, int len, int dim, int pad, float* out) {
   int t = 0;
@@ -54,19 +56,24 @@ LSA_INLINE void scores(const float* q, const T* k, const T* next, int len, int d
     f8 s[H][4] = {};
     const T* row = k + t * dim;
     for (int d = 0; d < dim; d += 16) {
+      LSA_UNROLL
       for (int i = 0; i < 4; i++) {
         Pair x = load16(row + i * dim + d);
+        LSA_UNROLL
         for (int h = 0; h < H; h++) s[h][i] += x.a * load<f8>(q + h * dim + d);
+        LSA_UNROLL
         for (int h = 0; h < H; h++) s[h][i] += x.b * load<f8>(q + h * dim + d + 8);
       }
     }
     for (size_t b = 0; b < 4 * dim * sizeof(T); b += 64) __builtin_prefetch((const char*)(next + t * dim) + b);
+    LSA_UNROLL
     for (int h = 0; h < H; h++) {
       f4 r = sum_each(s[h][0], s[h][1], s[h][2], s[h][3]);
       std::memcpy(out + h * pad + t, &r, sizeof r);
     }
   }
   for (; t < len; t++)
+    LSA_UNROLL
     for (int h = 0; h < H; h++) {
       f8 s = {};
       for (int d = 0; d < dim; d += 16) {
@@ -78,29 +85,36 @@ LSA_INLINE void scores(const float* q, const T* k, const T* next, int len, int d
 }
 
 template <class T, int H, int P>  // P pairs of vectors (16 P columns) of the output at a time
-LSA_INLINE void weighted_columns(const float* w, const T* v, int len, int dim, int pad, float* acc) {
+LSA_INLINE void weighted_columns(const float* w, const T* v, const T* next, int len, int dim, int pad, float* acc) {
   f8 s[H][2 * P];
+  LSA_UNROLL
   for (int h = 0; h < H; h++)
+    LSA_UNROLL
     for (int j = 0; j < 2 * P; j++) s[h][j] = load<f8>(acc + h * dim + 8 * j);
-  for (int t = 0; t < len; t++)
+  for (int t = 0; t < len; t++) {
+    LSA_UNROLL
     for (int j = 0; j < P; j++) {
       Pair x = load16(v + t * dim + 16 * j);
+      LSA_UNROLL
       for (int h = 0; h < H; h++) {
         f8 p = splat(w[h * pad + t]);
         s[h][2 * j] += p * x.a;
         s[h][2 * j + 1] += p * x.b;
       }
     }
+    for (size_t b = 0; b < 16 * P * sizeof(T); b += 64) __builtin_prefetch((const char*)(next + t * dim) + b);
+  }
+  LSA_UNROLL
   for (int h = 0; h < H; h++)
+    LSA_UNROLL
     for (int j = 0; j < 2 * P; j++) store(acc + h * dim + 8 * j, s[h][j]);
 }
 
 template <class T, int H>
 LSA_INLINE void weighted_sum(const float* w, const T* v, const T* next, int len, int dim, int pad, float* acc) {
   int d = 0;
-  for (; d + 32 <= dim; d += 32) weighted_columns<T, H, 2>(w, v + d, len, dim, pad, acc + d);
-  if (d < dim) weighted_columns<T, H, 1>(w, v + d, len, dim, pad, acc + d);
-  for (size_t b = 0; b < len * dim * sizeof(T); b += 64) __builtin_prefetch((const char*)next + b);
+  for (; d + 32 <= dim; d += 32) weighted_columns<T, H, 2>(w, v + d, next + d, len, dim, pad, acc + d);
+  if (d < dim) weighted_columns<T, H, 1>(w, v + d, next + d, len, dim, pad, acc + d);
 }
 
 // Scores of one page become weights 2^(score - top); the state is rescaled when the maximum rises.
@@ -147,9 +161,9 @@ LSA_INLINE void attend_span(const Decode& a, const Span& span, const State& st) 
       const float* qh = st.q + h * dim;
       float* w = st.weights + h * pad;
       switch (group - h) {
-        case 1: scores<T, 1>(qh, k, next, len, dim, pad, w); h += 1; break;
-        case 2: case 4: scores<T, 2>(qh, k, next, len, dim, pad, w); h += 2; break;
-        default: scores<T, 3>(qh, k, next, len, dim, pad, w); h += 3;
+        case 1: scores<T, 1>(qh, k, k + values, len, dim, pad, w); h += 1; break;
+        case 2: case 4: scores<T, 2>(qh, k, k + values, len, dim, pad, w); h += 2; break;
+        default: scores<T, 3>(qh, k, k + values, len, dim, pad, w); h += 3;
       }
     }
     for (int h = 0; h < group; h++) soften(st, h, len, dim, pad);
@@ -157,9 +171,9 @@ LSA_INLINE void attend_span(const Decode& a, const Span& span, const State& st) 
       const float* w = st.weights + h * pad;
       float* acc = st.acc + h * dim;
       switch (group - h) {
-        case 1: weighted_sum<T, 1>(w, k + values, next + values, len, dim, pad, acc); h += 1; break;
-        case 2: case 4: weighted_sum<T, 2>(w, k + values, next + values, len, dim, pad, acc); h += 2; break;
-        default: weighted_sum<T, 3>(w, k + values, next + values, len, dim, pad, acc); h += 3;
+        case 1: weighted_sum<T, 1>(w, k + values, next, len, dim, pad, acc); h += 1; break;
+        case 2: case 4: weighted_sum<T, 2>(w, k + values, next, len, dim, pad, acc); h += 2; break;
+        default: weighted_sum<T, 3>(w, k + values, next, len, dim, pad, acc); h += 3;
       }
     }
   }

@@ -10,6 +10,8 @@
 namespace lsa {
 
 #define LSA_INLINE inline __attribute__((always_inline))
+// Before a loop of constant length whose body indexes an array of accumulators: keeps those in registers.
+#define LSA_UNROLL _Pragma("GCC unroll 16")
 
 using f8 = float __attribute__((vector_size(32)));
 using f4 = float __attribute__((vector_size(16)));
@@ -89,12 +91,20 @@ LSA_INLINE f4 sum_each(f8 a, f8 b, f8 c, f8 d) {
   return r;
 #endif
 }
-LSA_INLINE float sum(f8 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+template <int... I>
+LSA_INLINE f8 shuffled(f8 v) {
+  return __builtin_shufflevector(v, v, I...);
+}
+LSA_INLINE float sum(f8 v) {
+  v += shuffled<4, 5, 6, 7, 0, 1, 2, 3>(v);
+  v += shuffled<2, 3, 0, 1, 6, 7, 4, 5>(v);
+  return v[0] + v[1];
+}
 LSA_INLINE f8 max(f8 a, f8 b) { return a > b ? a : b; }
 LSA_INLINE float max(f8 v) {
-  float m = v[0];
-  for (int i = 1; i < 8; i++) m = v[i] > m ? v[i] : m;
-  return m;
+  v = max(v, shuffled<4, 5, 6, 7, 0, 1, 2, 3>(v));
+  v = max(v, shuffled<2, 3, 0, 1, 6, 7, 4, 5>(v));
+  return v[0] > v[1] ? v[0] : v[1];
 }
 
 // 2^x for x <= 0 to 2e-7 relative; 0 below 2^-126; NaN stays NaN. 2^x = 2^n * 2^f, |f| <= 1/2, Taylor series in f ln 2.
