@@ -59,7 +59,7 @@ class Installer:
             for line in process.stdout:
                 log.write(line)
                 tail.append(line)
-                if time.monotonic() - shown > 5 and line.strip():
+                if time.monotonic() - shown > 5 and line.strip() and not line.startswith("WARNING"):
                     shown = time.monotonic()
                     print(f"[{shown - self.started:4.0f} s]   {line.strip()[:100]}", flush=True)
         if process.wait() and check:

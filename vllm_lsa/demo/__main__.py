@@ -15,7 +15,7 @@ from vllm_lsa.errors import LsaError
 
 DOCUMENT = Path(__file__).with_name("document.txt")
 INTRODUCTION = "Here is the beginning of Isaac Newton's Opticks."
-QUESTION = "According to this text, how long does light take to come from the Sun to us? Quote the sentence."
+QUESTION = "What is this text about?"
 
 
 class Watch(threading.Thread):
@@ -108,6 +108,7 @@ def main() -> int:
     args = parser.parse_args()
     for sign in (signal.SIGTERM, signal.SIGHUP):  # so that the server is ended with us
         signal.signal(sign, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     started = time.monotonic()
     try:
         with Server(args.model, args.backend, args.log, port=args.port) as server:

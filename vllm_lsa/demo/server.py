@@ -1,6 +1,7 @@
 """A `vllm serve` of our own: started on a free local port, watched until it answers, ended with all its processes."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,8 @@ from types import TracebackType
 
 from vllm_lsa.demo.progress import Status
 from vllm_lsa.errors import LsaError
+
+LOG_PREFIX = re.compile(r"^\(\w+ pid=\d+\) ")
 
 
 def free_port() -> int:
@@ -75,7 +78,7 @@ class Server:
                 status.clear()
                 print("\n".join(log_tail(self.log, 30)))
                 raise LsaError(f"the server ended with status {self._process.returncode}; its whole log is {self.log}")
-            status.show(next(iter(log_tail(self.log, 1)), ""))
+            status.show(LOG_PREFIX.sub("", next(iter(log_tail(self.log, 1)), "")))
             time.sleep(0.5)
         status.clear()
         print(f"server ready after {status.elapsed:.0f} s at {self.url} (log: {self.log})", flush=True)
