@@ -1,0 +1,93 @@
+"""`python -m tests.compare_with_oracle SPEC OUT`: decode with several policies and replay each run in the oracle.
+
+One engine serves all: its index cells hold every index, and policy and demand are exchanged between runs, so that the
+prompts are prefilled once and found in the prefix cache afterwards.
+SPEC: {"prompts": [token ids, …], "steps", "runs": [{"indexer", "demand", "sets", "mode", "lead"}, …], "lsa": settings}.
+OUT: a list, one entry a run: {"worst": largest |logit difference|, "steps", "cycles", "demanded", "widest": share}.
+"""
+
+import json
+import sys
+
+import torch
+from vllm import LLM, SamplingParams
+
+from tests.oracle import Oracle
+from tests.paths import MODEL
+from vllm_lsa import engine as engine_module
+from vllm_lsa.config import LsaConfig
+from vllm_lsa.indexer.layout import IndexLayout
+from vllm_lsa.plugin.runtime import Runtime
+from vllm_lsa.residency.demand import make_demand
+from vllm_lsa.residency.policies import make_policy
+
+
+def every_index(config: LsaConfig, chunk: int, dim: int, dtype: torch.dtype) -> IndexLayout:
+    parts = [make_policy(n, chunk, dim, dtype).index for n in ("mean_key", "quest")]
+    parts.append(make_demand("four_bit", 1, chunk, dim, dtype).index)
+    return IndexLayout([part for part in parts if part is not None])
+
+
+def exchange(engine, settings: dict) -> LsaConfig:
+    """Give a running, idle engine another policy, demand and cycle."""
+    config = engine.config.model_copy(update=settings)
+    g = engine.geometry
+    engine.config = engine.lookahead._config = config
+    engine._policy = make_policy(config.indexer, g.chunk_tokens, g.head_dim, g.dtype)
+    engine._demand = engine.attention._demand = make_demand(
+        config.demand, config.demand_chunks, g.chunk_tokens, g.head_dim, g.dtype
+    )
+    engine.attention._ring = config.demand_ring
+    engine.lookahead.__init__(config, g, engine.pool, engine.transfers, engine._select, engine._max_requests)
+    return config
+
+
+def main() -> None:
+    spec = json.load(open(sys.argv[1]))
+    engine_module.index_layout = every_index
+    llm = LLM(
+        str(MODEL), dtype="float32", enforce_eager=True, gpu_memory_utilization=0.4, max_model_len=8192, max_num_seqs=4,
+        kv_cache_memory_bytes=4 << 30, attention_backend="LSA", additional_config={"lsa": spec["lsa"]},
+    )
+    engine = Runtime.latest().engine
+    logits: list[torch.Tensor] = []
+    model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
+    compute = model.compute_logits
+    model.compute_logits = lambda *a, **k: (logits.append(compute(*a, **k).clone()), logits[-1])[1]
+    oracle = Oracle(MODEL, engine.geometry.chunk_tokens)
+    caches = [oracle.prefill(prompt) for prompt in spec["prompts"]]
+    layers = engine.geometry.num_layers
+    result = []
+    for settings in spec["runs"]:
+        config = exchange(engine, settings)
+        before = engine.attention.chunks_demanded
+        worst, widest, steps = 0.0, 0.0, 0
+        for prompt, cache in zip(spec["prompts"], caches, strict=True):
+            sets: list[list[set[int]]] = []
+
+            def trace(layer, request, chunks, sets=sets):
+                if layer == 0:
+                    sets.append([set() for _ in range(layers)])
+                sets[-1][layer] = set(chunks.tolist())
+
+            logits.clear()
+            engine.attention.tracer = trace
+            params = SamplingParams(temperature=0, max_tokens=spec["steps"] + 1, ignore_eos=True)
+            tokens = list(llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0].outputs[0].token_ids)
+            got = torch.cat([row[-1:] for row in logits[-spec["steps"] :]])
+            sets = sets[-spec["steps"] :]
+            expected = oracle.decode(cache, tokens[:-1], sets)
+            worst = max(worst, (got - expected).abs().max().item())
+            length = -(-len(prompt) // config.chunk_tokens)
+            widest = max(widest, max(len(s) for step in sets for s in step) / length)
+            steps += len(sets)
+        result.append({
+            **settings, "worst": worst, "steps": steps, "widest": widest, "cycles": engine.lookahead.counts.cycles,
+            "demanded": engine.attention.chunks_demanded - before,
+        })
+        print(result[-1], flush=True)
+    json.dump(result, open(sys.argv[2], "w"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""An independent forward pass of a Llama-style model in plain PyTorch, restricted to given resident sets.
+
+Nothing here comes from vllm_lsa: weights from the HF folder, RoPE, RMSNorm and attention written out.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+
+class Oracle:
+    """Dense prefill of a prompt, then any number of decode passes whose tokens see only the chunks of their sets."""
+
+    def __init__(self, folder: Path, chunk_tokens: int) -> None:
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+        self.config, self.chunk = model.config, chunk_tokens
+        self.weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        self.dim = self.config.hidden_size // self.config.num_attention_heads
+        theta = self.config.rope_parameters["rope_theta"]
+        self.frequency = 1.0 / theta ** (torch.arange(0, self.dim, 2).float() / self.dim)
+
+    def prefill(self, tokens: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """K and V [t, Hkv, D] of every layer."""
+        cache: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._forward(tokens, [], cache, None)
+        return cache
+
+    def decode(
+        self, cache: list[tuple[torch.Tensor, torch.Tensor]], tokens: list[int], sets: list[list[set[int]]]
+    ) -> torch.Tensor:
+        """Logits [n, vocabulary] of n tokens that follow the cache. sets[i][layer]: chunks that token i attends to."""
+        return self._forward(tokens, cache, [], sets)
+
+    def _forward(self, tokens, past, kept, sets) -> torch.Tensor:
+        w, c = self.weights, self.config
+        start = past[0][0].shape[0] if past else 0
+        positions = torch.arange(start, start + len(tokens))
+        x = F.embedding(torch.tensor(tokens), w["model.embed_tokens.weight"])
+        for layer in range(c.num_hidden_layers):
+            p = f"model.layers.{layer}."
+            h = self._norm(x, w[p + "input_layernorm.weight"])
+            q = self._rope((h @ w[p + "self_attn.q_proj.weight"].T).view(len(tokens), -1, self.dim), positions)
+            k = self._rope((h @ w[p + "self_attn.k_proj.weight"].T).view(len(tokens), -1, self.dim), positions)
+            v = (h @ w[p + "self_attn.v_proj.weight"].T).view(len(tokens), -1, self.dim)
+            if past:
+                k, v = torch.cat([past[layer][0], k]), torch.cat([past[layer][1], v])
+            kept.append((k, v))
+            mask = torch.arange(len(k))[None] <= positions[:, None]
+            if sets is not None:
+                number = torch.arange(len(k)) // self.chunk
+                for i, per_layer in enumerate(sets):
+                    mask[i] &= torch.isin(number, torch.tensor(sorted(per_layer[layer])))
+            x = x + self._attend(q, k, v, mask) @ w[p + "self_attn.o_proj.weight"].T
+            h = self._norm(x, w[p + "post_attention_layernorm.weight"])
+            gate = F.silu(h @ w[p + "mlp.gate_proj.weight"].T) * (h @ w[p + "mlp.up_proj.weight"].T)
+            x = x + gate @ w[p + "mlp.down_proj.weight"].T
+        if sets is None:
+            return x
+        return self._norm(x, w["model.norm.weight"]) @ w["model.embed_tokens.weight"].T
+
+    def _attend(self, q, k, v, mask) -> torch.Tensor:
+        group = q.shape[1] // k.shape[1]
+        k, v = (t.repeat_interleave(group, 1).transpose(0, 1)[None] for t in (k, v))
+        out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, attn_mask=mask[None, None])
+        return out[0].transpose(0, 1).flatten(1)
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps) * weight
+
+    def _rope(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        angle = positions[:, None].float() * self.frequency
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        first, second = x.chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -1,0 +1,35 @@
+"""Where tests find the model and the text, and how they run engines: each in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / ".model" / "SmolLM2-135M-Instruct"
+DOCUMENT = ROOT / "vllm_lsa" / "demo" / "document.txt"
+
+# One process holds engine and worker, so that a test can look inside.
+IN_PROCESS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+}
+
+
+def run_module(module: str, spec: dict[str, Any], folder: Path, timeout: float) -> Any:
+    """Run `python -m MODULE spec.json out.json` and return what it wrote; its log is shown when it fails."""
+    assert MODEL.exists(), f"{MODEL} is missing: run `make model`"
+    folder.mkdir(parents=True, exist_ok=True)
+    source, target, log = folder / "spec.json", folder / "out.json", folder / "log.txt"
+    source.write_text(json.dumps(spec))
+    with log.open("w") as out:
+        code = subprocess.call(
+            [sys.executable, "-m", module, str(source), str(target)], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
+            env={**os.environ, **IN_PROCESS}, timeout=timeout,
+        )
+    assert code == 0, f"{module} failed:\n{log.read_text()[-4000:]}"
+    return json.loads(target.read_text())
