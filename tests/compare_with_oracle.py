@@ -8,11 +8,12 @@ OUT: a list, one entry a run: {"worst": largest |logit difference|, "steps", "cy
 
 import json
 import sys
+import time
 
 import torch
 from vllm import LLM, SamplingParams
 
-from tests.oracle import Oracle
+from tests.oracle import Cache, Oracle
 from tests.paths import MODEL
 from vllm_lsa import engine as engine_module
 from vllm_lsa.config import LsaConfig
@@ -29,7 +30,8 @@ def every_index(config: LsaConfig, chunk: int, dim: int, dtype: torch.dtype) -> 
 
 
 def exchange(engine, settings: dict) -> LsaConfig:
-    """Give a running, idle engine another policy, demand and cycle."""
+    """Give an idle engine another policy, demand and cycle."""
+    assert not engine.mirror.requests
     config = engine.config.model_copy(update=settings)
     g = engine.geometry
     engine.config = engine.lookahead._config = config
@@ -40,6 +42,15 @@ def exchange(engine, settings: dict) -> LsaConfig:
     engine.attention._ring = config.demand_ring
     engine.lookahead.__init__(config, g, engine.pool, engine.transfers, engine._select, engine._max_requests)
     return config
+
+
+def prefill(oracle: Oracle, prompts: list[list[int]]) -> list[Cache]:
+    """The cache of every prompt; one that continues the prompt before it starts from that one's."""
+    caches: list[Cache] = []
+    for i, prompt in enumerate(prompts):
+        before = prompts[i - 1] if i and prompt[: len(prompts[i - 1])] == prompts[i - 1] else []
+        caches.append(oracle.prefill(prompt[len(before) :], caches[-1] if before else []))
+    return caches
 
 
 def main() -> None:
@@ -55,13 +66,15 @@ def main() -> None:
     compute = model.compute_logits
     model.compute_logits = lambda *a, **k: (logits.append(compute(*a, **k).clone()), logits[-1])[1]
     oracle = Oracle(MODEL, engine.geometry.chunk_tokens)
-    caches = [oracle.prefill(prompt) for prompt in spec["prompts"]]
+    caches = prefill(oracle, spec["prompts"])
     layers = engine.geometry.num_layers
     result = []
     for settings in spec["runs"]:
+        llm.llm_engine.step()  # tells the worker that the last request has finished
         config = exchange(engine, settings)
         before = engine.attention.chunks_demanded
         worst, widest, steps = 0.0, 0.0, 0
+        started = time.monotonic()
         for prompt, cache in zip(spec["prompts"], caches, strict=True):
             sets: list[list[set[int]]] = []
 
@@ -83,7 +96,7 @@ def main() -> None:
             steps += len(sets)
         result.append({
             **settings, "worst": worst, "steps": steps, "widest": widest, "cycles": engine.lookahead.counts.cycles,
-            "demanded": engine.attention.chunks_demanded - before,
+            "demanded": engine.attention.chunks_demanded - before, "seconds": round(time.monotonic() - started),
         })
         print(result[-1], flush=True)
     json.dump(result, open(sys.argv[2], "w"))

@@ -10,25 +10,29 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 
+Cache = list[tuple[torch.Tensor, torch.Tensor]]
+
+
 class Oracle:
     """Dense prefill of a prompt, then any number of decode passes whose tokens see only the chunks of their sets."""
 
     def __init__(self, folder: Path, chunk_tokens: int) -> None:
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
         self.config, self.chunk = model.config, chunk_tokens
-        self.weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        # In float64, so that the difference that is measured is the rounding of the engine alone.
+        self.weights = {name: tensor.detach().double() for name, tensor in model.state_dict().items()}
         self.dim = self.config.hidden_size // self.config.num_attention_heads
         theta = self.config.rope_parameters["rope_theta"]
         self.frequency = 1.0 / theta ** (torch.arange(0, self.dim, 2).float() / self.dim)
 
-    def prefill(self, tokens: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """K and V [t, Hkv, D] of every layer."""
-        cache: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._forward(tokens, [], cache, None)
+    def prefill(self, tokens: list[int], past: Cache) -> Cache:
+        """K and V [t, Hkv, D] of every layer for tokens that attend to everything: those of `past`, then `tokens`."""
+        cache: Cache = []
+        self._forward(tokens, past, cache, None)
         return cache
 
     def decode(
-        self, cache: list[tuple[torch.Tensor, torch.Tensor]], tokens: list[int], sets: list[list[set[int]]]
+        self, cache: Cache, tokens: list[int], sets: list[list[set[int]]]
     ) -> torch.Tensor:
         """Logits [n, vocabulary] of n tokens that follow the cache. sets[i][layer]: chunks that token i attends to."""
         return self._forward(tokens, cache, [], sets)
@@ -47,7 +51,9 @@ class Oracle:
             if past:
                 k, v = torch.cat([past[layer][0], k]), torch.cat([past[layer][1], v])
             kept.append((k, v))
-            mask = torch.arange(len(k))[None] <= positions[:, None]
+            mask = None
+            if past:
+                mask = torch.arange(len(k))[None] <= positions[:, None]
             if sets is not None:
                 number = torch.arange(len(k)) // self.chunk
                 for i, per_layer in enumerate(sets):
@@ -63,14 +69,15 @@ class Oracle:
     def _attend(self, q, k, v, mask) -> torch.Tensor:
         group = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(group, 1).transpose(0, 1)[None] for t in (k, v))
-        out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, attn_mask=mask[None, None])
+        q = q.transpose(0, 1)[None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return out[0].transpose(0, 1).flatten(1)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps) * weight
 
     def _rope(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        angle = positions[:, None].float() * self.frequency
-        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        angle = positions[:, None].float() * self.frequency  # fp32 is part of the model's definition
+        cos, sin = angle.cos()[:, None].double(), angle.sin()[:, None].double()
         first, second = x.chunk(2, -1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -24,13 +24,14 @@ class LsaConfig(BaseModel):
     lead: int = Field(
         0, ge=0,
         description="Decode steps by which a selection runs ahead of the cycle it is for; its chunks are fetched "
-        "meanwhile. 0 selects and fetches at the start of the cycle. Smaller than period.",
+        "meanwhile, into slots beside those of the old set. 0 selects and fetches at the start of the cycle. Smaller than "
+        "period.",
     )
     threshold: float = Field(
         0.0, ge=0, lt=1, description="Score in [0, 1) that a chunk must exceed to be kept; 0 fills the budget."
     )
-    sink_tokens: int = Field(16, ge=0, description="Tokens at the start of a request that are always resident.")
-    recency_tokens: int = Field(128, ge=0, description="Newest tokens that are always resident.")
+    sink_tokens: int = Field(16, ge=0, description="Tokens at the start of a request that every selection keeps.")
+    recency_tokens: int = Field(128, ge=0, description="Newest tokens that every selection keeps.")
     chunk_tokens: int = Field(16, ge=1, description="Tokens of a chunk, the unit of residency; divides vLLM's block size.")
     sets: Literal["per_layer", "shared"] = Field(
         "per_layer", description="One resident set per layer, or one set shared by all layers (the paper's rule)."
@@ -39,7 +40,7 @@ class LsaConfig(BaseModel):
         "or", description="How the votes of heads (and of layers, with shared sets) combine: maximum or mean."
     )
     indexer: str = Field(
-        "mean_key", description="Training-free policy (mean_key, quest, recency, random, keep_all) or indexer folder."
+        "mean_key", description="What scores the chunks of a request: mean_key, quest, recency, random or keep_all."
     )
     demand: Literal["off", "mean_key", "four_bit"] = Field(
         "mean_key", description="Index by which a layer picks chunks that are not resident, with each step's own query."
@@ -47,7 +48,7 @@ class LsaConfig(BaseModel):
     demand_chunks: int = Field(4, ge=1, description="Chunks a layer may demand per decode step.")
     host_memory_gib: float | None = Field(
         None, gt=0,
-        description="Host memory for the KV cache of this server, GiB, divided over its ranks. Default: four requests "
+        description="Host memory for the KV cache, GiB, divided over the ranks. Default: four requests "
         "of max_model_len tokens.",
     )
     device_pool_gib: float | None = Field(

@@ -118,17 +118,28 @@ class LsaEngine:
         """Attention of one layer; see `LayerAttention.run`."""
         self.attention.run(plan, layer, q, k, v, out)
 
+    def footprint(self) -> tuple[int, int, int]:
+        """Bytes of the live requests' K and V: all of them, those in resident sets, and the index beside them."""
+        geometry = self.geometry
+        lengths = [request.length for request in self.mirror.requests.values()]
+        cell = geometry.num_layers * geometry.num_kv_heads * self.layout.cell_bytes
+        return (
+            sum(lengths) * geometry.token_bytes,
+            self.lookahead.num_resident * geometry.page_bytes,
+            sum(geometry.chunks(length) for length in lengths) * cell,
+        )
+
     def close_step(self) -> None:
         """Publish the metrics."""
         if self._metrics is None or self.store is None:
             return
-        geometry, counts, transfers = self.geometry, self.lookahead.counts, self.transfers.counts
+        counts, transfers = self.lookahead.counts, self.transfers.counts
         requests = self.mirror.requests.values()
-        cell = geometry.num_layers * geometry.num_kv_heads * self.layout.cell_bytes
+        total, resident, index = self.footprint()
         values = {
-            "kv_bytes_total": sum(r.length for r in requests) * geometry.token_bytes,
-            "kv_bytes_resident": self.lookahead.num_resident * geometry.page_bytes,
-            "index_bytes": sum(geometry.chunks(r.length) for r in requests) * cell,
+            "kv_bytes_total": total,
+            "kv_bytes_resident": resident,
+            "index_bytes": index,
             "pool_slots": self.pool.num_slots,
             "slots_used": self.pool.num_pinned,
             "slots_cached": self.pool.num_cached,

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from vllm_lsa.errors import LsaError
 from vllm_lsa.memory.geometry import KVGeometry
 
 
@@ -17,7 +18,15 @@ class HostStore:
         self.geometry = geometry
         self.num_blocks = num_blocks
         self.num_pages = num_blocks * geometry.num_layers * geometry.chunks_per_block
-        self.pages = torch.empty(self.num_pages, *geometry.page_shape, dtype=geometry.dtype, pin_memory=pin)
+        self.pages = torch.empty(self.num_pages, *geometry.page_shape, dtype=geometry.dtype)
+        if pin:
+            # Registered in place: torch's pinned allocator rounds up to a power of two.
+            status = torch.cuda.cudart().cudaHostRegister(self.pages.data_ptr(), self.pages.nbytes, 0)
+            if int(status) != 0:
+                raise LsaError(
+                    f"lsa.host_memory_gib={self.pages.nbytes / 2**30:.2f}: the driver cannot pin that much host memory "
+                    f"(CUDA error {int(status)}): lower it, or raise the memlock limit"
+                )
         self._blocks = self.pages.view(num_blocks, -1)
         # Page of layer 0 plus this is the page of layer l.
         self.layer_offset = np.arange(geometry.num_layers, dtype=np.int64) * geometry.chunks_per_block

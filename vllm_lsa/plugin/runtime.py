@@ -26,21 +26,22 @@ logger = init_logger("vllm.lsa")
 class Runtime:
     """Owns the `LsaEngine` of one vLLM worker and translates between the two."""
 
-    _by_instance: ClassVar[dict[str, "Runtime"]] = {}
+    # By identity of the compilation config, which copies of a VllmConfig share; its instance_id changes on the way.
+    _by_config: ClassVar[dict[int, "Runtime"]] = {}
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> "Runtime":
         """The runtime of an engine instance in this process."""
-        name = vllm_config.instance_id
-        if name not in cls._by_instance:
-            cls._by_instance[name] = cls(vllm_config)
+        key = id(vllm_config.compilation_config)
+        if key not in cls._by_config:
+            cls._by_config[key] = cls(vllm_config)
             _hook_worker()
-        return cls._by_instance[name]
+        return cls._by_config[key]
 
     @classmethod
     def latest(cls) -> "Runtime":
         """The runtime made last: vLLM asks for cache specs, without saying for whom, right after it loads a model."""
-        return next(reversed(cls._by_instance.values()))
+        return next(reversed(cls._by_config.values()))
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.config = LsaConfig.parse(vllm_config.additional_config)
@@ -59,8 +60,8 @@ class Runtime:
         context = self.vllm_config.compilation_config.static_forward_context
         layers = {name: layer for name, layer in context.items() if isinstance(layer, Attention)}
         shapes = {(a.num_heads, a.num_kv_heads, a.head_size, a.head_size_v, a.impl.scale) for a in layers.values()}
-        if len(shapes) != 1:
-            raise LsaError(f"--attention-backend LSA needs attention layers of one shape, this model has {shapes}")
+        if len(shapes) != 1 or impl.head_size != next(iter(layers.values())).head_size_v:
+            raise LsaError(f"--attention-backend LSA needs layers of one shape with K and V alike, this model has {shapes}")
         self._layers = {name: index for index, name in enumerate(layers)}
         geometry = KVGeometry(
             num_layers=len(layers), num_q_heads=impl.num_heads, num_kv_heads=impl.num_kv_heads, head_dim=impl.head_size,
@@ -143,7 +144,7 @@ class Runtime:
 
     def close(self) -> None:
         """The worker goes down: end threads, withdraw the metrics."""
-        self._by_instance.pop(self.vllm_config.instance_id, None)
+        self._by_config.pop(id(self.vllm_config.compilation_config), None)
         if self.engine is not None:
             self.engine.close()
 
@@ -167,7 +168,7 @@ def _hook_worker() -> None:
                 setattr(owner, name, functools.wraps(vars(owner)[name])(make(vars(owner)[name])))
 
     def runtime(worker: Any) -> Runtime | None:
-        return Runtime._by_instance.get(worker.vllm_config.instance_id)
+        return Runtime._by_config.get(id(worker.vllm_config.compilation_config))
 
     def determine_available_memory(original: Any) -> Any:
         def wrapped(self: Any) -> int:

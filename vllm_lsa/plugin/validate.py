@@ -7,12 +7,12 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_lsa.config import GIB, LsaConfig
+from vllm_lsa.engine import index_layout
 from vllm_lsa.errors import LsaError
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.plugin import compat
 from vllm_lsa.plugin import metrics as plugin_metrics
 from vllm_lsa.plugin.backend_name import is_lsa
-from vllm_lsa.residency.policies import make_policy
 
 _INSTEAD = "drop it, or use another --attention-backend"
 
@@ -46,13 +46,15 @@ def _check_arguments(args: EngineArgs) -> None:
         "--enable-dbo": args.enable_dbo,
         "--kv-transfer-config": args.kv_transfer_config,
         "--kv-offloading-size": args.kv_offloading_size,
+        "--num-gpu-blocks-override": args.num_gpu_blocks_override,
+        "--data-parallel-size": args.data_parallel_size > 1 and args.data_parallel_size,
     }
     for name, value in settings.items():
         if value:
             raise LsaError(f"{name} ({_short(value)}) does not work with --attention-backend LSA yet: {_INSTEAD}")
-    if args.kv_cache_dtype not in ("auto", "float16", "bfloat16"):
+    if args.kv_cache_dtype != "auto":
         raise LsaError(
-            f"--kv-cache-dtype {args.kv_cache_dtype}: --attention-backend LSA keeps K and V unquantised: use auto"
+            f"--kv-cache-dtype {args.kv_cache_dtype}: --attention-backend LSA keeps K and V in the model's dtype: use auto"
         )
 
 
@@ -70,6 +72,7 @@ def check(vllm_config: VllmConfig) -> LsaConfig:
         "sliding-window attention": model.get_sliding_window() or layer_types & {"sliding_attention", "chunked_attention"},
         "attention sinks": model.hf_config.model_type == "gpt_oss",
         "logit soft-capping in attention": getattr(text, "attn_logit_softcapping", None),
+        "ALiBi positions": model.hf_config.model_type in ("bloom", "step1") or getattr(text, "alibi", False),
         "quantised KV caches": vllm_config.cache_config.cache_dtype.startswith(("fp8", "int", "nvfp4", "turbo", "ultra")),
         "KV connectors": vllm_config.kv_transfer_config is not None,
     }
@@ -79,14 +82,21 @@ def check(vllm_config: VllmConfig) -> LsaConfig:
                 f"--model {model.model}: {what} not supported by --attention-backend LSA yet: choose another model or backend"
             )
     geometry = geometry_of(vllm_config, config)
-    make_policy(config.indexer, geometry.chunk_tokens, geometry.head_dim, geometry.dtype)
+    if geometry.head_dim % 16:
+        raise LsaError(
+            f"--model {model.model}: a head size of {geometry.head_dim} is not a multiple of 16, which the kernels of "
+            "--attention-backend LSA need: choose another model or backend"
+        )
+    index_layout(config, geometry.chunk_tokens, geometry.head_dim, geometry.dtype)
     blocks = host_blocks(vllm_config, config, geometry)
     config.pool_slots(geometry, blocks)
     need = blocks * geometry.block_bytes * vllm_config.parallel_config.world_size / GIB
     free = psutil.virtual_memory().available / GIB
     if need > free:
+        chosen = "the default of four requests of max_model_len" if config.host_memory_gib is None else "as set"
         raise LsaError(
-            f"lsa.host_memory_gib={need:.2f} is more than the {free:.2f} GiB of host memory that are free: lower it"
+            f"lsa.host_memory_gib={need:.2f} ({chosen}) is more than the {free:.2f} GiB of host memory that are free: "
+            "set it lower, or lower --max-model-len"
         )
     return config
 
