@@ -1,9 +1,9 @@
 """Decode speed of LSA beside the stock backend, by context length: `python -m benchmarks.decode`.
 
-Each configuration runs in a process of its own, one after the other, on the same prompts. A row gives the median time of
-a decode step, tokens/s, the bytes a step has to read (weights, K and V attended to, index), the rate that is, and the
-ratio to the floor: those bytes at the bandwidth measured in this run. The stock backend comes first and last, so that
-the drift of a shared machine shows.
+Each configuration runs in a process of its own, one after the other, on the same prompts. A row gives the median time
+of a decode step, tokens/s, the bytes a step has to read (weights, K and V attended to, index), the rate that is, and
+the ratio to the floor: those bytes at the bandwidth measured in this run. The stock backend comes first and last, so
+that the drift of a shared machine shows.
 """
 
 import argparse
@@ -37,8 +37,14 @@ def measure(args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
     lsa = CONFIGURATIONS[name]
     backend = {} if lsa is None else {"attention_backend": "LSA", "additional_config": {"lsa": lsa}}
     llm = LLM(
-        args.model, dtype=args.dtype, enforce_eager=args.eager, max_model_len=max(args.contexts) + args.tokens + 1,
-        max_num_seqs=args.batch, gpu_memory_utilization=0.4, kv_cache_memory_bytes=args.kv_gib << 30, **backend,
+        args.model,
+        dtype=args.dtype,
+        enforce_eager=args.eager,
+        max_model_len=max(args.contexts) + args.tokens + 1,
+        max_num_seqs=args.batch,
+        gpu_memory_utilization=0.4,
+        kv_cache_memory_bytes=args.kv_gib << 30,
+        **backend,
     )
     tokens = llm.get_tokenizer()(Path(args.text).read_text())["input_ids"]
     tokens = tokens * (1 + (max(args.contexts) + args.batch) // len(tokens))
@@ -60,12 +66,19 @@ def measure(args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
             started = started or (len(outputs) == args.batch and all(o.outputs[0].token_ids for o in outputs))
         step = statistics.median(times[1:])
         read = weights + args.batch * (context + args.tokens / 2) * token_bytes(llm) * statistics.mean(shares)
-        rows.append({
-            "configuration": name, "context": context, "batch": args.batch, "step_ms": round(step * 1e3, 2),
-            "tokens_per_s": round(args.batch / step, 2), "share_read": round(statistics.mean(shares), 3),
-            "gb_per_s": round(read / step / 1e9, 2), "floor_ms": round(read / args.bandwidth / 1e6, 2),
-            "times_floor": round(step / (read / args.bandwidth / 1e9), 2),
-        })
+        rows.append(
+            {
+                "configuration": name,
+                "context": context,
+                "batch": args.batch,
+                "step_ms": round(step * 1e3, 2),
+                "tokens_per_s": round(args.batch / step, 2),
+                "share_read": round(statistics.mean(shares), 3),
+                "gb_per_s": round(read / step / 1e9, 2),
+                "floor_ms": round(read / args.bandwidth / 1e6, 2),
+                "times_floor": round(step / (read / args.bandwidth / 1e9), 2),
+            }
+        )
     return rows
 
 
@@ -133,7 +146,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in tqdm(CONFIGURATIONS, desc="configurations"):
             part, log = Path(folder) / "part.json", Path(folder) / "log"
-            command = [sys.executable, "-m", "benchmarks.decode", *sys.argv[1:], "--only", name, "--bandwidth", str(bandwidth)]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.decode",
+                *sys.argv[1:],
+                "--only",
+                name,
+                "--bandwidth",
+                str(bandwidth),
+            ]
             with log.open("w") as out:
                 code = subprocess.call([*command, "--out", str(part)], env=env, stdout=out, stderr=out)
             if code:

@@ -52,8 +52,11 @@ def write_csv(path: Path, rows: list[dict[str, Any]], notes: dict[str, Any]) -> 
     """Rows of one measurement, under comment lines with date, machine, versions, command and notes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {
-        "date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions(),
-        "command": "python " + shlex.join(["-m", "benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]), **notes,
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "versions": versions(),
+        "command": "python " + shlex.join(["-m", "benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        **notes,
     }
     with path.open("w", newline="") as file:
         for name, value in facts.items():

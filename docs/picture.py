@@ -41,8 +41,14 @@ def label(x: float, y: float, text: str, colour: str, side: str = "left") -> Non
 band(64, 16.5, "once a step", "#f1f1ee")
 box(5, 66, 22, 10, "scheduler output", "vLLM: new, cached,\nfinished, preempted,\nblock copies", CONTROL)
 box(36, 66, 22, 10, "request mirror", "block ids and length of\neach live request; blocks\nwith a new owner")
-box(67, 66, 26, 10, "lookahead scheduler",
-    "who keeps all, who keeps a\nselected set; every period steps\npolicy + select(), then fetch")
+box(
+    67,
+    66,
+    26,
+    10,
+    "lookahead scheduler",
+    "who keeps all, who keeps a\nselected set; every period steps\npolicy + select(), then fetch",
+)
 box(102, 66, 23, 10, "step plan", "per layer: slot tables,\nhost pages, prompt rows,\nchunks that become full")
 for x0, x1 in ((27, 36), (58, 67), (93, 102)):
     path([(x0, 71), (x1, 71)])
@@ -52,8 +58,15 @@ box(5, 43, 21, 11.5, "1 write-through", "k, v of the new tokens,\nRoPE applied, 
 box(29.5, 43, 21, 11.5, "2 index cells", "of the chunks that this\nstep completes", INDEX)
 box(54, 43, 21, 11.5, "3 demand", "q against the cells:\nbest chunks that are\nnot resident", INDEX)
 box(78.5, 43, 21, 11.5, "4 resident decode", "attention over the slots\nin the row's table:\nout, log-sum-exp", KV)
-box(103, 43, 22.5, 11.5, "5 streamed part",
-    "kept chunks without a slot,\nthe history of prompts;\nmerged by log-sum-exp", KV)
+box(
+    103,
+    43,
+    22.5,
+    11.5,
+    "5 streamed part",
+    "kept chunks without a slot,\nthe history of prompts;\nmerged by log-sum-exp",
+    KV,
+)
 for x0, x1 in ((26, 29.5), (50.5, 54), (75, 78.5), (99.5, 103)):
     path([(x0, 48.7), (x1, 48.7)])
 path([(113.5, 66), (113.5, 62), (15.5, 62), (15.5, 54.5)], CONTROL)

@@ -30,9 +30,7 @@ def settings_table() -> str:
 
 def metrics_table() -> str:
     """A row for each of METRICS, under the name that /metrics shows."""
-    rows = [
-        [f"`vllm_lsa:{m.name}{'_total' if m.kind == 'counter' else ''}`", m.kind, m.unit, m.help] for m in METRICS
-    ]
+    rows = [[f"`vllm_lsa:{m.name}{'_total' if m.kind == 'counter' else ''}`", m.kind, m.unit, m.help] for m in METRICS]
     return _table(["metric", "kind", "unit", "meaning"], rows)
 
 

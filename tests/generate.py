@@ -34,8 +34,14 @@ def run_batch(llm: LLM, scenario: dict[str, Any]) -> list[list[int]]:
 def main() -> None:
     spec = json.load(open(sys.argv[1]))
     defaults = dict(
-        dtype="float32", enforce_eager=True, gpu_memory_utilization=0.4, max_model_len=8192, max_num_seqs=8,
-        kv_cache_memory_bytes=2 << 30, seed=0, disable_log_stats=False,
+        dtype="float32",
+        enforce_eager=True,
+        gpu_memory_utilization=0.4,
+        max_model_len=8192,
+        max_num_seqs=8,
+        kv_cache_memory_bytes=2 << 30,
+        seed=0,
+        disable_log_stats=False,
     )
     llm = LLM(str(MODEL), **{**defaults, **spec["llm"]})
     result: dict[str, Any] = {}
@@ -43,7 +49,10 @@ def main() -> None:
         if scenario["together"]:
             result[scenario["name"]] = run_batch(llm, scenario)
         else:
-            singles = [{**scenario, "name": f"{scenario['name']}-{i}", "prompts": [p]} for i, p in enumerate(scenario["prompts"])]
+            singles = [
+                {**scenario, "name": f"{scenario['name']}-{i}", "prompts": [p]}
+                for i, p in enumerate(scenario["prompts"])
+            ]
             result[scenario["name"]] = [run_batch(llm, single)[0] for single in singles]
     metrics = {metric.name: metric for metric in llm.llm_engine.get_metrics()}
     result["preemptions"] = int(metrics["vllm:num_preemptions"].value)
@@ -53,8 +62,11 @@ def main() -> None:
         engine = Runtime.latest().engine
         llm.llm_engine.step()
         result["counts"] = {
-            "pinned": engine.pool.num_pinned, "live": len(engine.mirror.requests), "cycles": engine.lookahead.counts.cycles,
-            "streamed": engine.transfers.counts.bytes_streamed, "fetched": engine.transfers.counts.bytes_fetched,
+            "pinned": engine.pool.num_pinned,
+            "live": len(engine.mirror.requests),
+            "cycles": engine.lookahead.counts.cycles,
+            "streamed": engine.transfers.counts.bytes_streamed,
+            "fetched": engine.transfers.counts.bytes_fetched,
             "demanded": engine.attention.chunks_demanded,
         }
     json.dump(result, open(sys.argv[2], "w"))

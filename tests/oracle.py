@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-
 Cache = list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -31,9 +30,7 @@ class Oracle:
         self._forward(tokens, past, cache, None)
         return cache
 
-    def decode(
-        self, cache: Cache, tokens: list[int], sets: list[list[set[int]]]
-    ) -> torch.Tensor:
+    def decode(self, cache: Cache, tokens: list[int], sets: list[list[set[int]]]) -> torch.Tensor:
         """Logits [n, vocabulary] of n tokens that follow the cache. sets[i][layer]: chunks that token i attends to."""
         return self._forward(tokens, cache, [], sets)
 

@@ -28,8 +28,12 @@ def run_module(module: str, spec: dict[str, Any], folder: Path, timeout: float) 
     source.write_text(json.dumps(spec))
     with log.open("w") as out:
         code = subprocess.call(
-            [sys.executable, "-m", module, str(source), str(target)], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
-            env={**os.environ, **IN_PROCESS}, timeout=timeout,
+            [sys.executable, "-m", module, str(source), str(target)],
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **IN_PROCESS},
+            timeout=timeout,
         )
     assert code == 0, f"{module} failed:\n{log.read_text()[-4000:]}"
     return json.loads(target.read_text())

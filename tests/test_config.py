@@ -43,7 +43,9 @@ def test_every_field_is_documented():
 
 
 def test_host_store_must_hold_one_request():
-    with pytest.raises(LsaError, match=r"lsa.host_memory_gib=0.1 .* max_model_len=8192 .* raise host_memory_gib to at least 0.17"):
+    with pytest.raises(
+        LsaError, match=r"lsa.host_memory_gib=0.1 .* max_model_len=8192 .* raise host_memory_gib to at least 0.17"
+    ):
         LsaConfig(host_memory_gib=0.1).host_blocks(GEOMETRY, 8192, 1)
     assert LsaConfig(host_memory_gib=0.2).host_blocks(GEOMETRY, 8192, 1) > 64
     assert LsaConfig().host_blocks(GEOMETRY, 8192, 1) == 4 * 64 + 1

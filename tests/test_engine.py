@@ -110,7 +110,8 @@ class Simulation:
             self.traced.clear()
             q = torch.randn(sum(scheduled.values()), HQ, DIM)
             pairs = [
-                self.kv(layer, np.arange(self.live[n]["computed"], self.live[n]["computed"] + scheduled[n]), n) for n in order
+                self.kv(layer, np.arange(self.live[n]["computed"], self.live[n]["computed"] + scheduled[n]), n)
+                for n in order
             ]
             k, v = torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
             out = torch.full_like(q, float("nan"))
@@ -197,7 +198,9 @@ def test_attention_equals_plain_attention_over_the_same_sets(indexer, demand):
     simulation.leak_check()
 
 
-@pytest.mark.parametrize("sets, mode, lead", [("shared", "or", 0), ("shared", "mean", 3), ("per_layer", "mean", 5), ("per_layer", "or", 1)])
+@pytest.mark.parametrize(
+    "sets, mode, lead", [("shared", "or", 0), ("shared", "mean", 3), ("per_layer", "mean", 5), ("per_layer", "or", 1)]
+)
 def test_shared_sets_modes_and_selections_ahead_of_their_cycle(sets, mode, lead):
     simulation = Simulation(config(sets=sets, mode=mode, lead=lead, budget=0.3), slots=LAYERS * 45, seed=1)
     run(simulation, 150)

@@ -56,7 +56,9 @@ def stock(request, tmp_path_factory, lengths, batch, sharing) -> dict[str, Any]:
 def test_every_length_alone_and_again_after_a_prefix_hit(stock, tmp_path, lengths, batch, sharing):
     """A pool that holds everything: nothing is selected, fetched or streamed, and the whole pool is given back."""
     scenarios = [
-        scenario("lengths", lengths), scenario("again", lengths[-3:]), scenario("sharing", sharing),
+        scenario("lengths", lengths),
+        scenario("again", lengths[-3:]),
+        scenario("sharing", sharing),
         scenario("together", batch, together=True),
         scenario("aborts", batch, together=True, abort={1: 5, 3: 1, 6: 12}),
         scenario("after", batch[:2]),

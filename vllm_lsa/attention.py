@@ -26,12 +26,19 @@ class LayerAttention:
     """Runs a `StepPlan` layer by layer.
 
     `cells` are the index cells of each layer, uint8 ``[num_blocks, Hkv, chunks_per_block, cell_bytes]``, in memory that
-    vLLM allocates and pages; `queries` ``[rows, layers, Hq, D]`` keeps each request's last query for the next selection.
+    vLLM allocates and pages; `queries` ``[rows, layers, Hq, D]`` keeps each request's last query for its next set.
     """
 
     def __init__(
-        self, geometry: KVGeometry, scale: float, pool: SlotPool, transfers: Transfers, layout: IndexLayout,
-        demand: Demand, ring: int, queries: torch.Tensor,
+        self,
+        geometry: KVGeometry,
+        scale: float,
+        pool: SlotPool,
+        transfers: Transfers,
+        layout: IndexLayout,
+        demand: Demand,
+        ring: int,
+        queries: torch.Tensor,
     ) -> None:
         self._geometry = geometry
         self._scale = scale
@@ -48,7 +55,9 @@ class LayerAttention:
         # Called with (layer, request, chunks attended to by this step's token): lets a test replay the sets.
         self.tracer: Tracer | None = None
 
-    def run(self, plan: StepPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+    def run(
+        self, plan: StepPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
+    ) -> None:
         """Attention of one layer. q: [t, Hq, D], k, v: [t, Hkv, D] with RoPE applied; writes out [t, Hq, D]."""
         tokens = plan.num_tokens
         page = plan.token_page + layer * self._geometry.chunks_per_block
@@ -125,7 +134,8 @@ class LayerAttention:
             return
         logger_once(
             "the device pool (%d slots) is smaller than what is kept: the rest is read from the host store at every "
-            "step, which is exact but slow; raise lsa.device_pool_gib or lower lsa.budget", self._pool.num_slots,
+            "step, which is exact but slow; raise lsa.device_pool_gib or lower lsa.budget",
+            self._pool.num_slots,
         )
         self.chunks_missed += len(missing)
         size = self._geometry.chunk_tokens
@@ -147,7 +157,9 @@ class LayerAttention:
 
     # -- prefill ----------------------------------------------------------------------------------------------------
 
-    def _prefill(self, layer: int, row: Row, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+    def _prefill(
+        self, layer: int, row: Row, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
+    ) -> None:
         """Exact attention of a row to its whole history and to itself."""
         here = slice(row.start, row.start + row.length)
         query = q[here]

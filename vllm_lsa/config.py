@@ -17,22 +17,27 @@ class LsaConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     budget: float = Field(
-        0.135, gt=0, le=1,
+        0.135,
+        gt=0,
+        le=1,
         description="Largest resident share of a request's chunks, forced and demanded ones included; 1.0 keeps all.",
     )
     period: int = Field(64, ge=1, description="Decode steps between two selections of a request.")
     lead: int = Field(
-        0, ge=0,
+        0,
+        ge=0,
         description="Decode steps by which a selection runs ahead of the cycle it is for; its chunks are fetched "
-        "meanwhile, into slots beside those of the old set. 0 selects and fetches at the start of the cycle. Smaller than "
-        "period.",
+        "meanwhile, into slots beside those of the old set. 0 selects and fetches at the start of the cycle. Smaller "
+        "than period.",
     )
     threshold: float = Field(
         0.0, ge=0, lt=1, description="Score in [0, 1) that a chunk must exceed to be kept; 0 fills the budget."
     )
     sink_tokens: int = Field(16, ge=0, description="Tokens at the start of a request that every selection keeps.")
     recency_tokens: int = Field(128, ge=0, description="Newest tokens that every selection keeps.")
-    chunk_tokens: int = Field(16, ge=1, description="Tokens of a chunk, the unit of residency; divides vLLM's block size.")
+    chunk_tokens: int = Field(
+        16, ge=1, description="Tokens of a chunk, the unit of residency; divides vLLM's block size."
+    )
     sets: Literal["per_layer", "shared"] = Field(
         "per_layer", description="One resident set per layer, or one set shared by all layers (the paper's rule)."
     )
@@ -47,7 +52,8 @@ class LsaConfig(BaseModel):
     )
     demand_chunks: int = Field(4, ge=1, description="Chunks a layer may demand per decode step.")
     host_memory_gib: float | None = Field(
-        None, gt=0,
+        None,
+        gt=0,
         description="Host memory for the KV cache, GiB, divided over the ranks. Default: four requests "
         "of max_model_len tokens.",
     )
@@ -58,7 +64,8 @@ class LsaConfig(BaseModel):
         None, gt=0, le=1, description="Device memory for resident chunks as a share of the host store. Default: 0.16."
     )
     check: Literal["off", "assert", "poison"] = Field(
-        "off", description="Self-checks for tests: assert compares the request mirror with vLLM's block tables at every "
+        "off",
+        description="Self-checks for tests: assert compares the request mirror with vLLM's block tables at every "
         "step; poison also fills every slot and block that is not in use with NaN.",
     )
 
@@ -70,7 +77,7 @@ class LsaConfig(BaseModel):
         """
         raw = additional_config.get("lsa", {}) if isinstance(additional_config, Mapping) else {}
         if not isinstance(raw, Mapping):
-            raise LsaError(f"lsa={raw!r} is not an object: pass --additional-config '{{\"lsa\": {{\"budget\": 0.135}}}}'")
+            raise LsaError(f'lsa={raw!r} is not an object: pass --additional-config \'{{"lsa": {{"budget": 0.135}}}}\'')
         try:
             config = cls.model_validate(dict(raw))
         except ValidationError as error:
@@ -89,7 +96,9 @@ class LsaConfig(BaseModel):
         for key in ("sink_tokens", "recency_tokens"):
             value = getattr(self, key)
             if value % self.chunk_tokens:
-                raise LsaError(f"lsa.{key}={value} is not a multiple of lsa.chunk_tokens={self.chunk_tokens}: round it up")
+                raise LsaError(
+                    f"lsa.{key}={value} is not a multiple of lsa.chunk_tokens={self.chunk_tokens}: round it up"
+                )
 
     @property
     def sink_chunks(self) -> int:
@@ -122,7 +131,10 @@ class LsaConfig(BaseModel):
         """Slots of one rank's device pool. Raises LsaError if the forced chunks of one request do not fit."""
         pages = host_blocks * geometry.chunks_per_block * geometry.num_layers
         if self.device_pool_gib is not None:
-            slots, named = int(self.device_pool_gib * GIB) // geometry.page_bytes, f"device_pool_gib={self.device_pool_gib}"
+            slots, named = (
+                int(self.device_pool_gib * GIB) // geometry.page_bytes,
+                f"device_pool_gib={self.device_pool_gib}",
+            )
         else:
             fraction = 0.16 if self.device_pool_fraction is None else self.device_pool_fraction
             slots, named = int(pages * fraction), f"device_pool_fraction={fraction}"
@@ -130,8 +142,8 @@ class LsaConfig(BaseModel):
         if slots < least:
             raise LsaError(
                 f"lsa.{named} gives {slots} slots, but sink_tokens={self.sink_tokens} + recency_tokens="
-                f"{self.recency_tokens} + one chunk of one request need {least} ({least * geometry.page_bytes / GIB:.4f} "
-                "GiB): raise the pool or lower sink_tokens or recency_tokens"
+                f"{self.recency_tokens} + one chunk of one request need {least} "
+                f"({least * geometry.page_bytes / GIB:.4f} GiB): raise the pool or lower sink_tokens or recency_tokens"
             )
         return min(slots, pages)
 

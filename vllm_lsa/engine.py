@@ -41,8 +41,14 @@ class LsaEngine:
     """
 
     def __init__(
-        self, config: LsaConfig, geometry: KVGeometry, scale: float, num_slots: int, max_requests: int,
-        device: torch.device, metrics: MetricsWriter | None = None,
+        self,
+        config: LsaConfig,
+        geometry: KVGeometry,
+        scale: float,
+        num_slots: int,
+        max_requests: int,
+        device: torch.device,
+        metrics: MetricsWriter | None = None,
     ) -> None:
         self.config = config
         self.geometry = geometry
@@ -60,7 +66,12 @@ class LsaEngine:
         self.layout = index_layout(config, geometry.chunk_tokens, geometry.head_dim, geometry.dtype)
         self.pool = SlotPool(geometry, num_slots, STAGING_PAGES, device, self._poison)
         self._queries = torch.zeros(
-            max_requests, geometry.num_layers, geometry.num_q_heads, geometry.head_dim, dtype=geometry.dtype, device=device
+            max_requests,
+            geometry.num_layers,
+            geometry.num_q_heads,
+            geometry.head_dim,
+            dtype=geometry.dtype,
+            device=device,
         )
         self.store: HostStore | None = None
 
@@ -75,7 +86,13 @@ class LsaEngine:
         self.pool.bind(self.store.num_pages)
         self.transfers: Transfers = make_transfers(self.store, self.pool)
         self.attention = LayerAttention(
-            self.geometry, self._scale, self.pool, self.transfers, self.layout, self._demand, self.config.demand_ring,
+            self.geometry,
+            self._scale,
+            self.pool,
+            self.transfers,
+            self.layout,
+            self._demand,
+            self.config.demand_ring,
             self._queries,
         )
         self.attention.cells = list(cells)
@@ -172,17 +189,29 @@ class LsaEngine:
         if policy.index is not None:
             layers = range(self.geometry.num_layers)
             cells = torch.stack(
-                [self.layout.part(self.attention.request_cells(request, l, num_chunks), policy.index) for l in layers]
+                [self.layout.part(self.attention.request_cells(request, n, num_chunks), policy.index) for n in layers]
             )
             query = self._queries[row]
         scores = policy.score(
             ScoreInput(
-                query=query, cells=cells, num_chunks=num_chunks, num_layers=self.geometry.num_layers, scale=self._scale,
-                mode=config.mode, request_seed=request.seed, cycle=cycle, device=self._device,
+                query=query,
+                cells=cells,
+                num_chunks=num_chunks,
+                num_layers=self.geometry.num_layers,
+                scale=self._scale,
+                mode=config.mode,
+                request_seed=request.seed,
+                cycle=cycle,
+                device=self._device,
             )
         )
         mask = select(
-            scores, budget_chunks=budget_chunks, threshold=config.threshold, sink_chunks=config.sink_chunks,
-            recency_chunks=config.recency_chunks, shared=config.sets == "shared", mode=config.mode,
+            scores,
+            budget_chunks=budget_chunks,
+            threshold=config.threshold,
+            sink_chunks=config.sink_chunks,
+            recency_chunks=config.recency_chunks,
+            shared=config.sets == "shared",
+            mode=config.mode,
         )
         return mask.cpu().numpy()

@@ -88,14 +88,17 @@ class Transfers(ABC):
         """Copy host pages through staging slots, for the work submitted next."""
 
     @abstractmethod
-    def write(self, k: torch.Tensor, v: torch.Tensor, offset: torch.Tensor, slot: torch.Tensor, page: torch.Tensor) -> None:
+    def write(
+        self, k: torch.Tensor, v: torch.Tensor, offset: torch.Tensor, slot: torch.Tensor, page: torch.Tensor
+    ) -> None:
         """Write-through of new tokens: into their slots, where they have one, and into the host store.
 
         k, v: [t, Hkv, D] on the device. offset, slot: int32 [t], position in the chunk and slot or -1. page: int64 [t].
         """
 
+    @abstractmethod
     def close(self) -> None:
-        """End helper threads."""
+        """Finish what is under way and end helper threads."""
 
     def _bytes(self, count: int) -> int:
         return count * self.store.geometry.page_bytes
@@ -129,7 +132,9 @@ class CpuTransfers(Transfers):
         self.counts.bytes_streamed += self._bytes(len(pages))
         copy_pages(self.pool.pages, torch.from_numpy(slots), self.store.pages, torch.from_numpy(pages))
 
-    def write(self, k: torch.Tensor, v: torch.Tensor, offset: torch.Tensor, slot: torch.Tensor, page: torch.Tensor) -> None:
+    def write(
+        self, k: torch.Tensor, v: torch.Tensor, offset: torch.Tensor, slot: torch.Tensor, page: torch.Tensor
+    ) -> None:
         self.counts.bytes_written_back += 2 * k.numel() * k.element_size()
         write_tokens(k, v, offset, self.pool.pages, slot, self.store.pages, page)
 
@@ -169,7 +174,9 @@ class CudaTransfers(Transfers):
         self.counts.bytes_streamed += self._bytes(len(pages))
         self._copy_now(pages, slots)
 
-    def write(self, k: torch.Tensor, v: torch.Tensor, offset: torch.Tensor, slot: torch.Tensor, page: torch.Tensor) -> None:
+    def write(
+        self, k: torch.Tensor, v: torch.Tensor, offset: torch.Tensor, slot: torch.Tensor, page: torch.Tensor
+    ) -> None:
         self.counts.bytes_written_back += 2 * k.numel() * k.element_size()
         none = torch.full_like(slot, -1)
         write_tokens(k, v, offset, self.pool.pages, slot, self.pool.pages, none.long())
@@ -186,6 +193,9 @@ class CudaTransfers(Transfers):
             event.record()
         self.counts.fetch_seconds += time.perf_counter() - start
         return _EventTicket(slots, event)
+
+    def close(self) -> None:
+        self._stream.synchronize()
 
 
 def make_transfers(store: HostStore, pool: SlotPool) -> Transfers:

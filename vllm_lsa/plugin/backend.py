@@ -102,12 +102,17 @@ class LsaImpl(AttentionImpl[LsaMetadata]):
         **extra: Any,
     ) -> None:
         refused = {
-            "alibi_slopes": alibi_slopes, "sliding_window": sliding_window, "logits_soft_cap": logits_soft_cap,
-            "kv_sharing_target_layer_name": kv_sharing_target_layer_name, **extra,
+            "alibi_slopes": alibi_slopes,
+            "sliding_window": sliding_window,
+            "logits_soft_cap": logits_soft_cap,
+            "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
+            **extra,
         }
         for name, value in refused.items():
             if value is not None:
-                raise LsaError(f"attention with {name} is not supported by --attention-backend LSA: use another backend")
+                raise LsaError(
+                    f"attention with {name} is not supported by --attention-backend LSA: use another backend"
+                )
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
@@ -131,9 +136,11 @@ class LsaImpl(AttentionImpl[LsaMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """query: [t, Hq, D]; key, value: [t, Hkv, D]; kv_cache: index cells; output: [t, Hq, D], written and returned."""
+        """query: [t, Hq, D]; key, value: [t, Hkv, D]; kv_cache: index cells; output: [t, Hq, D], which is returned."""
         if output_scale is not None or output_block_scale is not None:
-            raise LsaError("fused output quantisation is not supported by --attention-backend LSA: turn that fusion off")
+            raise LsaError(
+                "fused output quantisation is not supported by --attention-backend LSA: turn that fusion off"
+            )
         if attn_metadata is None or attn_metadata.plan is None:
             return output.zero_()
         self._runtime.attend(layer.layer_name, attn_metadata.plan, query, key, value, output)

@@ -20,7 +20,7 @@ def register_lsa() -> None:
     register_backend(NAME, PATH)
     # Enum members pickle by value, and a spawned engine unpickles its config before it loads plugins: the restorer
     # registers first.
-    AttentionBackendEnum[NAME].__reduce_ex__ = lambda protocol: (lsa_member, ())  # type: ignore[method-assign]
+    AttentionBackendEnum[NAME].__reduce_ex__ = lambda protocol: (lsa_member, ())
     _honour_choice_on_cpu()
     error_line.install()
     validate.install()
@@ -35,7 +35,7 @@ def lsa_member() -> AttentionBackendEnum:
 
 def _honour_choice_on_cpu() -> None:
     """The CPU platform takes CPU_ATTN whatever was asked for; make it take LSA, or say why not."""
-    original = CpuPlatform.get_attn_backend_cls.__func__  # type: ignore[attr-defined]
+    original = CpuPlatform.get_attn_backend_cls.__func__
 
     def get_attn_backend_cls(cls: type, selected_backend: Any, attn_selector_config: Any, num_heads: Any = None) -> str:
         if selected_backend is not AttentionBackendEnum[NAME]:
@@ -47,4 +47,4 @@ def _honour_choice_on_cpu() -> None:
             raise LsaError(f"--attention-backend LSA cannot serve this layer: {'; '.join(reasons)}")
         return PATH
 
-    CpuPlatform.get_attn_backend_cls = classmethod(get_attn_backend_cls)  # type: ignore[assignment, method-assign]
+    CpuPlatform.get_attn_backend_cls = classmethod(get_attn_backend_cls)

@@ -61,25 +61,40 @@ class Runtime:
         layers = {name: layer for name, layer in context.items() if isinstance(layer, Attention)}
         shapes = {(a.num_heads, a.num_kv_heads, a.head_size, a.head_size_v, a.impl.scale) for a in layers.values()}
         if len(shapes) != 1 or impl.head_size != next(iter(layers.values())).head_size_v:
-            raise LsaError(f"--attention-backend LSA needs layers of one shape with K and V alike, this model has {shapes}")
+            raise LsaError(
+                f"--attention-backend LSA needs layers of one shape with K and V alike, this model has {shapes}"
+            )
         self._layers = {name: index for index, name in enumerate(layers)}
         geometry = KVGeometry(
-            num_layers=len(layers), num_q_heads=impl.num_heads, num_kv_heads=impl.num_kv_heads, head_dim=impl.head_size,
-            dtype=next(iter(layers.values())).kv_cache_torch_dtype, block_tokens=self.vllm_config.cache_config.block_size,
+            num_layers=len(layers),
+            num_q_heads=impl.num_heads,
+            num_kv_heads=impl.num_kv_heads,
+            head_dim=impl.head_size,
+            dtype=next(iter(layers.values())).kv_cache_torch_dtype,
+            block_tokens=self.vllm_config.cache_config.block_size,
             chunk_tokens=self.config.chunk_tokens,
         )
         self.host_blocks = host_blocks(self.vllm_config, self.config, geometry)
         slots = self.config.pool_slots(geometry, self.host_blocks)
         rank = self.vllm_config.parallel_config.rank
         self.engine = LsaEngine(
-            self.config, geometry, impl.scale, slots, self.vllm_config.scheduler_config.max_num_seqs,
+            self.config,
+            geometry,
+            impl.scale,
+            slots,
+            self.vllm_config.scheduler_config.max_num_seqs,
             torch.device(self.vllm_config.device_config.device or "cpu"),
             MetricsWriter(plugin_metrics.directory(self.vllm_config), rank),
         )
         logger.info(
             "LSA: host store %d blocks (%.2f GiB), device pool %d slots (%.2f GiB), budget %g, indexer %s, demand %s",
-            self.host_blocks, self.host_blocks * geometry.block_bytes / GIB, slots, slots * geometry.page_bytes / GIB,
-            self.config.budget, self.config.indexer, self.config.demand,
+            self.host_blocks,
+            self.host_blocks * geometry.block_bytes / GIB,
+            slots,
+            slots * geometry.page_bytes / GIB,
+            self.config.budget,
+            self.config.indexer,
+            self.config.demand,
         )
 
     def cap_memory(self, available: int) -> int:
@@ -175,6 +190,7 @@ def _hook_worker() -> None:
             available = original(self)
             mine = runtime(self)
             return mine.cap_memory(available) if mine else available
+
         return wrapped
 
     def initialize_from_config(original: Any) -> Any:
@@ -183,6 +199,7 @@ def _hook_worker() -> None:
             if mine := runtime(self):
                 mine.attach()
             return result
+
         return wrapped
 
     def execute_model(original: Any) -> Any:
@@ -195,6 +212,7 @@ def _hook_worker() -> None:
                 return original(self, scheduler_output)
             finally:
                 mine.close_step()
+
         return wrapped
 
     def shutdown(original: Any) -> Any:
@@ -202,6 +220,7 @@ def _hook_worker() -> None:
             if mine := runtime(self):
                 mine.close()
             return original(self)
+
         return wrapped
 
     wrap("determine_available_memory", determine_available_memory)

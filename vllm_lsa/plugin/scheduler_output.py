@@ -11,7 +11,9 @@ def step_update(output: Any) -> StepUpdate:
     return StepUpdate(
         finished=list(output.finished_req_ids),
         preempted=list(output.preempted_req_ids or ()),
-        new=[NewRequest(r.req_id, r.block_ids[0], r.num_computed_tokens, r.prompt_len) for r in output.scheduled_new_reqs],
+        new=[
+            NewRequest(r.req_id, r.block_ids[0], r.num_computed_tokens, r.prompt_len) for r in output.scheduled_new_reqs
+        ],
         cached=[
             RequestUpdate(name, blocks[0] if blocks else [], computed, name in cached.resumed_req_ids)
             for name, blocks, computed in zip(

@@ -33,7 +33,7 @@ def install() -> None:
             plugin_metrics.serve(vllm_config)
         return vllm_config
 
-    EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]
+    EngineArgs.create_engine_config = create_engine_config
 
 
 def _check_arguments(args: EngineArgs) -> None:
@@ -41,7 +41,8 @@ def _check_arguments(args: EngineArgs) -> None:
     settings = {
         "--speculative-config": args.speculative_config,
         "--decode-context-parallel-size": args.decode_context_parallel_size > 1 and args.decode_context_parallel_size,
-        "--prefill-context-parallel-size": args.prefill_context_parallel_size > 1 and args.prefill_context_parallel_size,
+        "--prefill-context-parallel-size": args.prefill_context_parallel_size > 1
+        and args.prefill_context_parallel_size,
         "--enable-sleep-mode": args.enable_sleep_mode,
         "--enable-dbo": args.enable_dbo,
         "--kv-transfer-config": args.kv_transfer_config,
@@ -54,7 +55,8 @@ def _check_arguments(args: EngineArgs) -> None:
             raise LsaError(f"{name} ({_short(value)}) does not work with --attention-backend LSA yet: {_INSTEAD}")
     if args.kv_cache_dtype != "auto":
         raise LsaError(
-            f"--kv-cache-dtype {args.kv_cache_dtype}: --attention-backend LSA keeps K and V in the model's dtype: use auto"
+            f"--kv-cache-dtype {args.kv_cache_dtype}: --attention-backend LSA stores K and V in the model's dtype: "
+            "use auto"
         )
 
 
@@ -69,17 +71,21 @@ def check(vllm_config: VllmConfig) -> LsaConfig:
         "pooling and encoder-only models": model.runner_type != "generate",
         "multi-head latent attention (MLA)": model.use_mla,
         "hybrid and attention-free models": model.is_hybrid or model.is_attention_free,
-        "sliding-window attention": model.get_sliding_window() or layer_types & {"sliding_attention", "chunked_attention"},
+        "sliding-window attention": model.get_sliding_window()
+        or layer_types & {"sliding_attention", "chunked_attention"},
         "attention sinks": model.hf_config.model_type == "gpt_oss",
         "logit soft-capping in attention": getattr(text, "attn_logit_softcapping", None),
         "ALiBi positions": model.hf_config.model_type in ("bloom", "step1") or getattr(text, "alibi", False),
-        "quantised KV caches": vllm_config.cache_config.cache_dtype.startswith(("fp8", "int", "nvfp4", "turbo", "ultra")),
+        "quantised KV caches": vllm_config.cache_config.cache_dtype.startswith(
+            ("fp8", "int", "nvfp4", "turbo", "ultra")
+        ),
         "KV connectors": vllm_config.kv_transfer_config is not None,
     }
     for what, present in refusals.items():
         if present:
             raise LsaError(
-                f"--model {model.model}: {what} not supported by --attention-backend LSA yet: choose another model or backend"
+                f"--model {model.model}: {what} not supported by --attention-backend LSA yet: "
+                "choose another model or backend"
             )
     geometry = geometry_of(vllm_config, config)
     if geometry.head_dim % 16:

@@ -11,8 +11,13 @@ from vllm_lsa.residency.plan import DecodeRow, Row, StepPlan
 
 
 def plan_step(
-    rows: list[Row], lookahead: LookaheadScheduler, geometry: KVGeometry, store: HostStore, pool: SlotPool,
-    spare: int, device: torch.device,
+    rows: list[Row],
+    lookahead: LookaheadScheduler,
+    geometry: KVGeometry,
+    store: HostStore,
+    pool: SlotPool,
+    spare: int,
+    device: torch.device,
 ) -> StepPlan:
     """Lay out one step after `LookaheadScheduler.prepare`. spare: entries of each table row for demanded chunks."""
     num_tokens = rows[-1].start + rows[-1].length if rows else 0
@@ -40,7 +45,9 @@ def plan_step(
         slot[:, here] = slots[:, which]
 
         done = chunks[(chunks + 1) * size <= request.length]
-        address = np.stack([request.blocks[done // geometry.chunks_per_block], done % geometry.chunks_per_block], axis=1)
+        address = np.stack(
+            [request.blocks[done // geometry.chunks_per_block], done % geometry.chunks_per_block], axis=1
+        )
         partial = done * size < request.num_computed
         complete.append(address[~partial])
         whole_chunks.append(row.start + done[~partial] * size - request.num_computed)
@@ -73,11 +80,18 @@ def plan_step(
         return torch.from_numpy(array).to(device)
 
     return StepPlan(
-        token_offset=tensor(offset), token_page=torch.from_numpy(page), token_slot=tensor(slot),
-        decodes=decodes, decode_token=tensor(np.array(decode_token, np.int64)),
-        table=tensor(table), counts=tensor(counts), first_len=tensor(first_len), prefills=prefills,
+        token_offset=tensor(offset),
+        token_page=torch.from_numpy(page),
+        token_slot=tensor(slot),
+        decodes=decodes,
+        decode_token=tensor(np.array(decode_token, np.int64)),
+        table=tensor(table),
+        counts=tensor(counts),
+        first_len=tensor(first_len),
+        prefills=prefills,
         complete_token=tensor((starts[:, None] + np.arange(size)).astype(np.int64)),
-        complete_block=tensor(addresses[:, 0].astype(np.int64)), complete_chunk=tensor(addresses[:, 1].astype(np.int64)),
+        complete_block=tensor(addresses[:, 0].astype(np.int64)),
+        complete_chunk=tensor(addresses[:, 1].astype(np.int64)),
         complete_page=np.concatenate(begun_page) if rows else np.empty(0, np.int64),
         last_token=tensor(np.array([r.start + r.length - 1 for r in rows], np.int64)),
         last_row=tensor(np.array([lookahead.row(r.request) for r in rows], np.int64)),

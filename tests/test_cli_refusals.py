@@ -1,0 +1,163 @@
+"""What `vllm serve --attention-backend LSA` refuses: at start-up, in one line, with nothing left running."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests import tiny_models
+from tests.cli import Ended, run_forked, run_program, run_programs
+from tests.paths import MODEL
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+
+class Case(NamedTuple):
+    """A command line that is refused. says: setting, value and remedy, as the line has them. model: of tiny_models."""
+
+    arguments: Sequence[str]
+    says: Sequence[str]
+    model: str | None = None
+
+
+def lsa(says: Sequence[str], *arguments: str, **settings: Any) -> Case:
+    return Case(["--max-model-len", "2048", *arguments, "--additional-config", json.dumps({"lsa": settings})], says)
+
+
+def option(arguments: Sequence[str], value: str) -> Case:
+    return Case(arguments, [arguments[0], value, "does not work with --attention-backend LSA", "drop it"])
+
+
+def model(name: str, what: str) -> Case:
+    return Case([], ["--model", name, what, "choose another model or backend"], name)
+
+
+CASES = {
+    "unknown-key": lsa(["lsa.budgett=0.1", "use one of budget, period"], budgett=0.1),
+    "bad-value": lsa(["lsa.budget=2", "less than or equal to 1"], budget=2),
+    "bad-type": lsa(["lsa.period='often'", "valid integer"], period="often"),
+    "bad-choice": lsa(["lsa.sets='some'", "'per_layer' or 'shared'"], sets="some"),
+    "not-an-object": Case(["--additional-config", '{"lsa": 3}'], ["lsa=3", "not an object", "pass --additional"]),
+    "lead-not-below-period": lsa(["lsa.lead=8", "lsa.period=8", "lower lead or raise period"], lead=8, period=8),
+    "both-pool-settings": lsa(
+        ["lsa.device_pool_gib=0.5", "lsa.device_pool_fraction=0.5", "set one of them"],
+        device_pool_gib=0.5, device_pool_fraction=0.5,
+    ),
+    "small-pool": lsa(["lsa.device_pool_gib=0.001", "sink_tokens=16", "raise the pool"], device_pool_gib=0.001),
+    "small-pool-fraction": lsa(
+        ["lsa.device_pool_fraction=0.01", "recency_tokens=128", "raise the pool"], device_pool_fraction=0.01
+    ),
+    "small-host-store": lsa(
+        ["lsa.host_memory_gib=0.03", "max_model_len=2048", "raise host_memory_gib to at least", "--max-model-len"],
+        host_memory_gib=0.03,
+    ),
+    "large-host-store": lsa(
+        ["lsa.host_memory_gib=5000", "GiB of host memory that are free", "lower"], host_memory_gib=5e3
+    ),
+    "chunk-not-dividing-block": lsa(
+        ["lsa.chunk_tokens=48", "--block-size 128", "choose a divisor"], "--block-size", "128",
+        chunk_tokens=48, sink_tokens=48, recency_tokens=144,
+    ),
+    "sink-not-whole-chunks": lsa(["lsa.sink_tokens=20", "lsa.chunk_tokens=16", "round it up"], sink_tokens=20),
+    "unknown-indexer": lsa(["lsa.indexer='oracle'", "use one of"], indexer="oracle"),
+    "speculative-decoding": option(
+        ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'], "ngram"
+    ),
+    "decode-context-parallel": option(["--decode-context-parallel-size", "2", "-tp", "2"], "2"),
+    "prefill-context-parallel": option(["--prefill-context-parallel-size", "2"], "2"),
+    "sleep-mode": option(["--enable-sleep-mode"], "True"),
+    "dual-batch-overlap": option(["--enable-dbo"], "True"),
+    "kv-connector": option(
+        ["--kv-transfer-config", '{"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}'], "OffloadingConnector"
+    ),
+    "kv-offloading": option(["--kv-offloading-size", "1"], "1"),
+    "quantised-kv": Case(["--kv-cache-dtype", "fp8"], ["--kv-cache-dtype fp8", "use auto"]),
+    "sliding-window": model("mistral_window", "sliding-window attention"),
+    "soft-capping": model("gemma2_softcap", "soft-capping"),
+    "attention-sinks": model("gpt_oss_sinks", "attention sinks"),
+    "latent-attention": model("deepseek_mla", "MLA"),
+    "encoder-only": model("bert_encoder", "encoder-only"),
+    "alibi": model("bloom_alibi", "ALiBi"),
+    "layers-with-windows": model("gemma2_layer_types", "sliding-window attention"),
+}  # fmt: skip
+
+# These also run as the installed program, which has to print the same.
+AS_PROGRAM = ["unknown-key", "large-host-store", "kv-connector", "sliding-window"]
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory) -> dict[str, list[str]]:
+    folder = tmp_path_factory.mktemp("models")
+    paths = {name: str(tiny_models.write(name, folder)) for name in {c.model for c in CASES.values() if c.model}}
+    return {
+        name: [paths[case.model] if case.model else str(MODEL), "--attention-backend", "LSA", *case.arguments]
+        for name, case in CASES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def refusals(commands, tmp_path_factory) -> dict[str, Ended]:
+    return run_forked(commands, tmp_path_factory.mktemp("forked"), timeout=180)
+
+
+@pytest.fixture(scope="module")
+def programs(commands, tmp_path_factory) -> dict[str, Ended]:
+    folder = tmp_path_factory.mktemp("programs")
+    ended: dict[str, Ended] = {}
+    for pair in (AS_PROGRAM[:2], AS_PROGRAM[2:]):
+        ended |= run_programs({name: commands[name] for name in pair}, folder, timeout=240)
+    return ended
+
+
+def error_lines(ended: Ended) -> list[str]:
+    return [line for line in ended.stderr.splitlines() if line.startswith("vllm-lsa: ")]
+
+
+def check(ended: Ended, case: Case) -> None:
+    everything = ended.stdout + ended.stderr
+    assert ended.code not in (0, None), everything
+    assert "Traceback" not in everything, everything
+    lines = error_lines(ended)
+    assert len(lines) == 1, everything
+    for part in case.says:
+        assert part in lines[0]
+    assert ended.left == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused_in_one_line(refusals, name):
+    check(refusals[name], CASES[name])
+
+
+@pytest.mark.parametrize("name", AS_PROGRAM)
+def test_the_installed_program_says_the_same(refusals, programs, name):
+    check(programs[name], CASES[name])
+    assert programs[name].code == refusals[name].code
+    if name != "large-host-store":  # it names the memory that is free, and that varies
+        assert error_lines(programs[name]) == error_lines(refusals[name])
+
+
+def test_a_worker_that_fails_ends_the_server(tmp_path):
+    """Only the layer tells that this model has sinks: the worker refuses it, and everything ends."""
+    folder = tiny_models.write("granite_sinks", tmp_path)
+    arguments = [str(folder), "--attention-backend", "LSA", "--load-format", "dummy", "--port", "0"]
+    ended = run_program(arguments, tmp_path, timeout=300)
+    assert ended.code not in (0, None)
+    assert "LsaError: attention with sinks is not supported by --attention-backend LSA" in ended.stdout + ended.stderr
+    assert ended.left == []
+
+
+def accepted(folder: Path, **arguments: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(str(folder), attention_backend="LSA", **arguments).create_engine_config()
+
+
+def test_a_window_that_the_model_does_not_use_is_no_reason(tmp_path):
+    from vllm_lsa.plugin import validate
+
+    config = accepted(tiny_models.write("qwen2_unused_window", tmp_path), additional_config={"lsa": {"budget": 0.5}})
+    assert validate.check(config).budget == 0.5
