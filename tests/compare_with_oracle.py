@@ -3,7 +3,8 @@
 One engine serves all: its index cells hold every index, and policy and demand are exchanged between runs, so that the
 prompts are prefilled once and found in the prefix cache afterwards.
 SPEC: {"prompts": [token ids, …], "steps", "runs": [{"indexer", "demand", "sets", "mode", "lead"}, …], "lsa": settings}.
-OUT: a list, one entry a run: {"worst": largest |logit difference|, "excess": the same beyond 1e-5 of the logit, "steps", "cycles", "demanded", "widest": share}.
+OUT: a list, one entry a run: {"worst": largest |logit difference|, "excess": the same beyond 1e-5 of the logit,
+"steps", "cycles", "demanded", "widest": share, "seconds"}.
 """
 
 import json
