@@ -144,6 +144,7 @@ def test_a_worker_that_fails_ends_the_server(tmp_path):
     """Only the layer tells that this model has sinks: the worker refuses it, and everything ends."""
     folder = tiny_models.write("granite_sinks", tmp_path)
     arguments = [str(folder), "--attention-backend", "LSA", "--load-format", "dummy", "--port", "0"]
+    arguments += ["--gpu-memory-utilization", "0.4"]
     ended = run_program(arguments, tmp_path, timeout=300)
     assert ended.code not in (0, None)
     assert "LsaError: attention with sinks is not supported by --attention-backend LSA" in ended.stdout + ended.stderr
