@@ -136,14 +136,14 @@ class LsaEngine:
         self.attention.run(plan, layer, q, k, v, out)
 
     def footprint(self) -> tuple[int, int, int]:
-        """Bytes of the live requests' K and V: all of them, those in resident sets, and the index beside them."""
+        """Bytes of live requests' K and V in whole chunks: all, those in resident sets, and the index beside them."""
         geometry = self.geometry
-        lengths = [request.length for request in self.mirror.requests.values()]
+        chunks = sum(geometry.chunks(request.length) for request in self.mirror.requests.values())
         cell = geometry.num_layers * geometry.num_kv_heads * self.layout.cell_bytes
         return (
-            sum(lengths) * geometry.token_bytes,
+            chunks * geometry.num_layers * geometry.page_bytes,
             self.lookahead.num_resident * geometry.page_bytes,
-            sum(geometry.chunks(length) for length in lengths) * cell,
+            chunks * cell,
         )
 
     def close_step(self) -> None:

@@ -27,7 +27,7 @@ class Metric(NamedTuple):
 
 
 METRICS = (
-    Metric("kv_bytes_total", "gauge", "bytes", "K and V of the live requests"),
+    Metric("kv_bytes_total", "gauge", "bytes", "K and V of the live requests, in whole chunks"),
     Metric("kv_bytes_resident", "gauge", "bytes", "K and V in the resident sets of the live requests"),
     Metric("index_bytes", "gauge", "bytes", "Index cells of the live requests"),
     Metric("pool_slots", "gauge", "slots", "Slots of the device pool"),
