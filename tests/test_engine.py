@@ -10,6 +10,7 @@ from vllm_lsa.engine import LsaEngine
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.residency.requests import NewRequest, RequestUpdate, StepUpdate
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYERS, HQ, HKV, DIM, BLOCK, CHUNK = 3, 6, 2, 16, 32, 8
 SCALE = DIM**-0.5
 
@@ -22,11 +23,11 @@ class Simulation:
         torch.manual_seed(seed)
         geometry = KVGeometry(LAYERS, HQ, HKV, DIM, torch.float32, BLOCK, CHUNK)
         self.config = config
-        self.engine = LsaEngine(config, geometry, SCALE, slots, 32, torch.device("cpu"))
+        self.engine = LsaEngine(config, geometry, SCALE, slots, 32, DEVICE)
         cell = self.engine.layout.cell_bytes
         # Content may be anything before it is written: vLLM does not clear index cells.
         cells = [torch.randint(0, 256, (blocks, HKV, BLOCK // CHUNK, cell), dtype=torch.uint8) for _ in range(LAYERS)]
-        self.engine.attach(blocks, cells)
+        self.engine.attach(blocks, [cell.to(DEVICE) for cell in cells])
         self.engine.attention.tracer = self.trace
         self.free = list(range(1, blocks))
         self.live: dict[str, dict] = {}
@@ -115,7 +116,9 @@ class Simulation:
             ]
             k, v = torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
             out = torch.full_like(q, float("nan"))
-            self.engine.attend(plan, layer, q, k, v, out)
+            on_device = [x.to(DEVICE) for x in (q, k, v, out)]
+            self.engine.attend(plan, layer, *on_device)
+            out = on_device[-1].cpu()
             start = 0
             for name in order:
                 past, tokens = self.live[name]["computed"], scheduled[name]

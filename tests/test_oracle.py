@@ -1,5 +1,7 @@
 """Sparse decoding equals an independent PyTorch forward that is given the same resident sets."""
 
+import pytest
+
 from tests import prompts
 from tests.paths import run_module
 
@@ -16,6 +18,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.timeout(1500)
 def test_logits_equal_the_oracle_for_every_policy(tmp_path):
     """256 steps and more over four prompts of 4,000 tokens and more, four cycles each, poison on.
 
