@@ -1,5 +1,7 @@
 """The whole KV cache in host memory: one row per vLLM block id, all layers of a block contiguous."""
 
+import weakref
+
 import numpy as np
 import torch
 
@@ -20,13 +22,16 @@ class HostStore:
         self.num_pages = num_blocks * geometry.num_layers * geometry.chunks_per_block
         self.pages = torch.empty(self.num_pages, *geometry.page_shape, dtype=geometry.dtype)
         if pin:
-            # Registered in place: torch's pinned allocator rounds up to a power of two.
-            status = torch.cuda.cudart().cudaHostRegister(self.pages.data_ptr(), self.pages.nbytes, 0)
+            # Registered in place: torch's pinned allocator rounds up to a power of two. Memory that is freed while it
+            # is registered cannot be registered by its next owner.
+            runtime, address = torch.cuda.cudart(), self.pages.data_ptr()
+            status = runtime.cudaHostRegister(address, self.pages.nbytes, 0)
             if int(status) != 0:
                 raise LsaError(
                     f"lsa.host_memory_gib={self.pages.nbytes / 2**30:.2f}: the driver cannot pin that much host memory "
                     f"(CUDA error {int(status)}): lower it, or raise the memlock limit"
                 )
+            weakref.finalize(self, runtime.cudaHostUnregister, address)
         self._blocks = self.pages.view(num_blocks, -1)
         # Page of layer 0 plus this is the page of layer l.
         self.layer_offset = np.arange(geometry.num_layers, dtype=np.int64) * geometry.chunks_per_block
