@@ -1,7 +1,7 @@
 """Runs `vllm serve` command lines that end by themselves.
 
 Either as the installed program, or many of them forked from one process that has done vLLM's imports (10 s of CPU each
-time): a fork runs the same `main`, its own exit and its own printing of an uncaught error.
+time): a fork runs the same `main` and prints an uncaught error through the same hook.
 """
 
 import json
@@ -10,9 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import psutil
 
@@ -32,13 +32,8 @@ class Ended(NamedTuple):
     left: list[str]
 
 
-def run_program(arguments: Sequence[str], folder: Path, timeout: float) -> Ended:
-    """`vllm serve ARGUMENTS` as a user runs it. folder: for its output."""
-    return run_programs({"program": arguments}, folder, timeout)["program"]
-
-
 def run_programs(commands: Mapping[str, Sequence[str]], folder: Path, timeout: float) -> dict[str, Ended]:
-    """`vllm serve` with each list of arguments, all at the same time."""
+    """`vllm serve` with each list of arguments as a user runs it, all at the same time. folder: for what they print."""
     vllm = str(Path(sys.executable).with_name("vllm"))
     started = {}
     for name, arguments in commands.items():
@@ -59,7 +54,7 @@ def run_programs(commands: Mapping[str, Sequence[str]], folder: Path, timeout: f
 
 
 def run_forked(commands: Mapping[str, Sequence[str]], folder: Path, timeout: float) -> dict[str, Ended]:
-    """`vllm serve` with each list of arguments, each in a fork; timeout: seconds for one of them."""
+    """The same, each in a fork; timeout: seconds for one of them."""
     (folder / "commands.json").write_text(json.dumps({name: list(arguments) for name, arguments in commands.items()}))
     with (folder / "parent.log").open("w") as log:
         code = subprocess.call(
@@ -99,8 +94,27 @@ def _members(session: int) -> list[psutil.Process]:
     return found
 
 
-def main() -> object:
-    """The parent of the forks returns 0 when all have ended; in a fork this returns what vLLM's main does."""
+def become(main: Callable[[], Any], arguments: Sequence[str], folder: Path, name: str) -> NoReturn:
+    """Turn this fork into `vllm serve ARGUMENTS`. It ends without Python's teardown, which would copy the parent."""
+    os.setsid()
+    for stream, descriptor in (("stdout", 1), ("stderr", 2)):
+        os.dup2(os.open(_output(folder, name, stream), os.O_CREAT | os.O_WRONLY), descriptor)
+    sys.argv = ["vllm", "serve", *arguments]
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    """The parent of the forks."""
     from vllm.entrypoints.cli.main import main as vllm_main
 
     folder, timeout = Path(sys.argv[1]), float(sys.argv[2])
@@ -118,11 +132,7 @@ def main() -> object:
             sys.stdout.flush()
             pid = os.fork()
             if pid == 0:
-                os.setsid()
-                for stream, descriptor in (("stdout", 1), ("stderr", 2)):
-                    os.dup2(os.open(_output(folder, name, stream), os.O_CREAT | os.O_WRONLY), descriptor)
-                sys.argv = ["vllm", "serve", *arguments]
-                return vllm_main()
+                become(vllm_main, arguments, folder, name)
             running[pid] = name, time.monotonic() + timeout
         time.sleep(0.05)
         for pid, (name, deadline) in list(running.items()):
@@ -137,8 +147,7 @@ def main() -> object:
                 continue
             del running[pid]
     (folder / "ended.json").write_text(json.dumps(ended))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())  # type: ignore[arg-type]
+    main()
