@@ -4,7 +4,7 @@ from transformers import AutoTokenizer
 
 from tests.paths import DOCUMENT, MODEL
 
-LENGTHS = [1, 2, 15, 16, 17, 127, 128, 129, 300, 1000, 2000, 7500]
+LENGTHS = [1, 2, 15, 16, 17, 64, 127, 128, 129, 300, 1000, 7500]
 
 
 def document() -> list[int]:

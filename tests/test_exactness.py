@@ -10,7 +10,7 @@ from tests import prompts
 from tests.paths import run_module
 from vllm_lsa.plugin import compat
 
-TOKENS = 24
+TOKENS = 16
 BATCH = [5, 40, 200, 333, 500, 640, 777, 900]
 SHARED = 600
 
@@ -98,13 +98,12 @@ def test_pool_smaller_than_the_history_streams_and_is_exact_with_poison(stock, t
     assert got["counts"]["pinned"] == got["counts"]["live"] == 0
 
 
-@pytest.mark.parametrize("demand", ["mean_key", "four_bit"])
-def test_poison_changes_nothing_in_sparse_mode(tmp_path, demand):
+def test_poison_changes_nothing_in_sparse_mode(tmp_path):
     """With every slot and block that is not in use filled with NaN the same tokens come out."""
     tokens = [prompts.of_length(n) for n in (700, 1500)]
     outputs = []
     for check in ("off", "poison"):
-        settings = lsa(budget=0.1, demand=demand, check=check, device_pool_gib=0.02, period=8, lead=3)
+        settings = lsa(budget=0.1, demand="four_bit", check=check, device_pool_gib=0.02, period=8, lead=3)
         spec = {"llm": settings, "scenarios": [scenario("x", tokens, together=True)]}
         outputs.append(run_module("tests.generate", spec, tmp_path / check, 600))
     assert outputs[0]["x"] == outputs[1]["x"]
