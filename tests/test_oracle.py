@@ -21,16 +21,16 @@ RUNS = [
 def test_logits_equal_the_oracle_for_every_policy(tmp_path):
     """256 steps and more over four prompts of 4,000 tokens and more, four cycles each, poison on.
 
-    The bound is 1e-4 for all but one in 100,000 of the 13 million logits: rounding in fp32 alone reaches 1.1e-4 when
+    The bound is 1e-4 for all but one in 20,000 of the 13 million logits: rounding in fp32 alone reaches 1.1e-4 when
     everything is kept (docs/log.md), so the largest may be half as much again.
     """
     text = prompts.document()
-    # Two documents' beginnings, each continued in two ways: the second of a pair also comes through the prefix cache.
-    tokens = [text[: LENGTHS[0]], text[: LENGTHS[1]], text[1500 : 1500 + LENGTHS[2]], text[1500 : 1500 + LENGTHS[3]]]
+    # Each continues the one before, so that all but the first also come through the prefix cache.
+    tokens = [text[:length] for length in LENGTHS]
     lsa = {"period": 16, "budget": 0.135, "check": "poison", "device_pool_fraction": 0.05, "demand": "four_bit"}
     spec = {"prompts": tokens, "steps": STEPS, "runs": RUNS, "lsa": lsa}
     for run in run_module("tests.compare_with_oracle", spec, tmp_path, 1200):
-        assert run["steps"] >= 256 and run["worst"] <= 1.5e-4 and run["beyond"] <= 1e-5, run
+        assert run["steps"] >= 256 and run["worst"] <= 1.5e-4 and run["beyond"] <= 5e-5, run
         if run["indexer"] != "keep_all":
             assert run["cycles"] >= 16 and run["widest"] < 0.16, run
             assert (run["demanded"] > 0) == (run["demand"] != "off"), run
