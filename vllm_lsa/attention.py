@@ -110,8 +110,7 @@ class LayerAttention:
         cells = self._layout.part(self.request_cells(row.request, layer, full), self._demand.index)
         picked = self._demand.pick(query, cells, torch.from_numpy(~held).to(query.device), self._scale).cpu().numpy()
         self.chunks_demanded += len(picked)
-        store = self._transfers.store
-        pages = store.page_ids(row.request.blocks, picked) + store.layer_offset[layer]
+        pages = self._transfers.store.page_ids(row.request.blocks, picked, layer)
         entries = row.resident.demanded[layer]
         for _ in range(max(0, len(entries) + len(picked) - self._ring)):
             # The ring is full: its oldest chunk leaves, and the last entry of the layer closes the gap.
@@ -139,8 +138,7 @@ class LayerAttention:
         )
         self.chunks_missed += len(missing)
         size = self._geometry.chunk_tokens
-        store = self._transfers.store
-        pages = store.page_ids(row.request.blocks, missing) + store.layer_offset[layer]
+        pages = self._transfers.store.page_ids(row.request.blocks, missing, layer)
         # The tail is entry 0, so it is first here too when it is among the missing.
         first = row.request.length - row.resident.tail * size if missing[0] == row.resident.tail else size
         for begin in range(0, len(pages), self._tile):

@@ -36,15 +36,15 @@ class HostStore:
         # Page of layer 0 plus this is the page of layer l.
         self.layer_offset = np.arange(geometry.num_layers, dtype=np.int64) * geometry.chunks_per_block
 
-    def page_ids(self, blocks: np.ndarray, chunks: np.ndarray) -> np.ndarray:
-        """Pages in layer 0 of a request's chunks.
+    def page_ids(self, blocks: np.ndarray, chunks: np.ndarray, layers: int | np.ndarray = 0) -> np.ndarray:
+        """Pages of a request's chunks, each in the layer given for it (or all in one).
 
         blocks: int [num_blocks of the request], its block ids in order. chunks: int [n], chunk numbers in the request.
-        Returns int64 [n]; add ``layer_offset[l]`` for layer l.
+        layers: a layer, or int [n]. Returns int64 [n]; for another layer add the difference in ``layer_offset``.
         """
         per_block = self.geometry.chunks_per_block
         block = blocks[chunks // per_block].astype(np.int64)
-        return block * (self.geometry.num_layers * per_block) + chunks % per_block
+        return block * (self.geometry.num_layers * per_block) + chunks % per_block + self.layer_offset[layers]
 
     def block_pages(self, blocks: np.ndarray) -> np.ndarray:
         """All pages of the blocks, int64 [len(blocks) * layers * chunks_per_block]."""

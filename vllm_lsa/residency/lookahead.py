@@ -216,7 +216,7 @@ class LookaheadScheduler:
             budget = int(self._budget * (full + 1)) - (reserved if self._budget < 1 else 0)
             mask = self._select(request, state.row, full, max(budget, 0), cycle)
         layers, chunks = np.nonzero(mask)
-        pages = self._transfers.store.page_ids(request.blocks, chunks) + self._transfers.store.layer_offset[layers]
+        pages = self._transfers.store.page_ids(request.blocks, chunks, layers)
         slots = self._pool.retain(pages)
         if not ahead:
             self._release_full(state)
@@ -256,8 +256,7 @@ class LookaheadScheduler:
         used = np.arange(resident.slots.shape[1]) < resident.counts[:, None]
         layers, entries = np.nonzero(used & (resident.slots < 0))
         chunks = resident.chunks[layers, entries]
-        store = self._transfers.store
-        pages = store.page_ids(request.blocks, chunks) + store.layer_offset[layers]
+        pages = self._transfers.store.page_ids(request.blocks, chunks, layers)
         slots, fresh = self._pool.acquire(pages)
         self._transfers.fetch(pages[fresh], slots[fresh])
         resident.slots[layers, entries] = slots
