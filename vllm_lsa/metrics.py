@@ -54,9 +54,9 @@ _SUFFIX = ".metrics"
 class MetricsWriter:
     """One rank's values, all 0 at first. Raises KeyError for a name that METRICS lacks."""
 
-    def __init__(self, directory: str | os.PathLike[str], rank: int) -> None:
-        """directory: of this server alone, created if need be. rank: distinct among the server's workers."""
-        self._path = Path(directory) / f"{rank}{_SUFFIX}"
+    def __init__(self, directory: str | os.PathLike[str], name: int | str) -> None:
+        """directory: of this server alone, created if need be. name: distinct among the server's workers."""
+        self._path = Path(directory) / f"{name}{_SUFFIX}"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # Renamed when complete, so that no reader meets a file of another size.
         fresh = self._path.with_suffix(".new")

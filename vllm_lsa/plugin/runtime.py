@@ -76,7 +76,8 @@ class Runtime:
         )
         self.host_blocks = host_blocks(self.vllm_config, self.config, geometry)
         slots = self.config.pool_slots(geometry, self.host_blocks)
-        rank = self.vllm_config.parallel_config.rank
+        # One process may hold several engines, each with a worker of rank 0.
+        name = f"{self.vllm_config.parallel_config.rank}-{self.vllm_config.instance_id}"
         self.engine = LsaEngine(
             self.config,
             geometry,
@@ -84,7 +85,7 @@ class Runtime:
             slots,
             self.vllm_config.scheduler_config.max_num_seqs,
             torch.device(self.vllm_config.device_config.device or "cpu"),
-            MetricsWriter(plugin_metrics.directory(self.vllm_config), rank),
+            MetricsWriter(plugin_metrics.directory(), name),
         )
         logger.info(
             "LSA: host store %d blocks (%.2f GiB), device pool %d slots (%.2f GiB), budget %g, indexer %s, demand %s",

@@ -30,7 +30,7 @@ def install() -> None:
         vllm_config = original(self, *args, **kwargs)
         if chosen:
             check(vllm_config)
-            plugin_metrics.serve(vllm_config)
+            plugin_metrics.serve()
         return vllm_config
 
     EngineArgs.create_engine_config = create_engine_config
