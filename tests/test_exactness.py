@@ -13,6 +13,8 @@ from vllm_lsa.plugin import compat
 TOKENS = 16
 BATCH = [5, 40, 200, 333, 500, 640, 777, 900]
 SHARED = 600
+# Two blocks each, and a third within the first TOKENS tokens: all eight do not fit a store of 17 blocks.
+CROWDED = range(246, 254)
 
 
 def lsa(**settings: Any) -> dict[str, Any]:
@@ -44,6 +46,7 @@ def sharing() -> list[list[int]]:
 def stock(request, tmp_path_factory, lengths, batch, sharing) -> dict[str, Any]:
     """What CPU_ATTN answers; kept in pytest's cache, since it depends on nothing but vLLM, model and prompts."""
     scenarios = [scenario("lengths", lengths), scenario("batch", batch), scenario("sharing", sharing)]
+    scenarios.append(scenario("crowded", [prompts.of_length(n) for n in CROWDED]))
     spec = {"llm": {}, "scenarios": scenarios}
     key = "lsa/stock-" + hashlib.sha256(json.dumps([spec, compat.vllm_version()]).encode()).hexdigest()[:16]
     found = request.config.cache.get(key, None)
@@ -79,11 +82,13 @@ def test_every_length_alone_and_again_after_a_prefix_hit(stock, tmp_path, length
 
 def test_chunked_prefill_and_preemption(stock, tmp_path, batch):
     """256 tokens a step, and a host store so small that requests are preempted and resumed."""
-    scenarios = [scenario("together", batch, together=True)]
+    crowded = [prompts.of_length(n) for n in CROWDED]
+    scenarios = [scenario("together", batch, together=True), scenario("crowded", crowded, together=True)]
     llm = {**lsa(device_pool_fraction=1.0, host_memory_gib=0.1), "max_num_batched_tokens": 256, "max_model_len": 1024}
     got = run_module("tests.generate", {"llm": llm, "scenarios": scenarios}, tmp_path, 600)
     assert got["preemptions"] > 0
     assert got["together"] == stock["batch"]
+    assert got["crowded"] == stock["crowded"]
     assert got["counts"]["pinned"] == got["counts"]["live"] == 0
 
 

@@ -99,6 +99,7 @@ class LsaEngine:
         self.lookahead = LookaheadScheduler(
             self.config, self.geometry, self.pool, self.transfers, self._select, self._max_requests
         )
+        self.close_step()  # pool and store have their sizes on /metrics before the first request
 
     def open_step(self, update: StepUpdate) -> None:
         """Apply what the scheduler decided, before any work of the step."""
