@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vllm_lsa import __version__, doctor
+from vllm_lsa import __version__, doctor, inspect_checkpoint
 from vllm_lsa.errors import LsaError
 
-COMMANDS = (doctor,)  # each has add_command(subparsers), which sets `run`: namespace -> exit status
+COMMANDS = (doctor, inspect_checkpoint)  # each has add_command(subparsers), which sets `run`: namespace -> exit status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
