@@ -80,7 +80,9 @@ CASES = {
     "attention-sinks": model("gpt_oss_sinks", "attention sinks"),
     "latent-attention": model("deepseek_mla", "MLA"),
     "encoder-only": model("bert_encoder", "encoder-only"),
+    "encoder-decoder": model("whisper_encoder_decoder", "encoder-decoder"),
     "alibi": model("bloom_alibi", "ALiBi"),
+    "alibi-by-setting": model("falcon_alibi", "ALiBi"),
     "layers-with-windows": model("gemma2_layer_types", "sliding-window attention"),
 }  # fmt: skip
 

@@ -50,6 +50,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "bert_encoder": ("BertModel", {"model_type": "bert", "max_position_embeddings": 512}),
     "bloom_alibi": ("BloomForCausalLM", {"model_type": "bloom", "n_layer": 2, "n_head": 4}),
+    "falcon_alibi": ("FalconForCausalLM", {"model_type": "falcon", "alibi": True}),
+    "whisper_encoder_decoder": (
+        "WhisperForConditionalGeneration",
+        {
+            "model_type": "whisper", "d_model": 64, "encoder_layers": 2, "decoder_layers": 2,
+            "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_target_positions": 448,
+        },
+    ),
 }  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def check(vllm_config: VllmConfig) -> LsaConfig:
         or layer_types & {"sliding_attention", "chunked_attention"},
         "attention sinks": model.hf_config.model_type == "gpt_oss",
         "logit soft-capping in attention": getattr(text, "attn_logit_softcapping", None),
-        "ALiBi positions": model.hf_config.model_type in ("bloom", "step1") or getattr(text, "alibi", False),
+        "ALiBi positions": model.uses_alibi or model.hf_config.model_type == "step1",
         "quantised KV caches": vllm_config.cache_config.cache_dtype.startswith(
             ("fp8", "int", "nvfp4", "turbo", "ultra")
         ),
