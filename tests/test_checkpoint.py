@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -249,12 +250,17 @@ def test_joint_files_that_are_refused(
     assert line.startswith(str(path)) and re.search(says, line), line
 
 
-def test_pickled_code_does_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pickled_code_does_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
     path, ran = tmp_path / "joint.pt", tmp_path / "ran"
     torch.save({**joint(), "x": Hostile(ran)}, path)
     line = refusal(path, capsys)
-    assert re.search("does not load as plain weights, it holds code .+: save its tensors alone", line)
-    assert not ran.exists()
+    assert re.search(r"does not load as plain weights, it holds code \(.+\): save its tensors alone", line)
+    with path.open("wb") as file:
+        pickle.dump(Hostile(ran), file)  # not as torch pickles
+    assert "it is damaged or holds code (UnpicklingError): save" in refusal(path, capsys)
+    assert not ran.exists() and not recwarn.list
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 2000, -20])

@@ -1,5 +1,7 @@
 """Tensors read from files that may be damaged or hostile."""
 
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,12 +36,14 @@ def _is_weight(name: str) -> bool:
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what matters becomes the one line
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever an unpickler may raise on bytes that are not what they should be
-        reason = "it holds code" if "weights_only" in str(error).lower() else "it is damaged"
+        code = re.search(r"unsupported global:? GLOBAL (\S+)", str(error), re.IGNORECASE)
+        reason = f"it holds code ({code[1]})" if code else f"it is damaged or holds code ({type(error).__name__})"
         raise LsaError(
-            f"{path} does not load as plain weights, {reason} ({type(error).__name__}): save its tensors alone, best "
-            "as .safetensors"
+            f"{path} does not load as plain weights, {reason}: save its tensors alone, best as .safetensors"
         ) from None
     if isinstance(content, Mapping) and isinstance(content.get("model_state"), Mapping):
         content = content["model_state"]
