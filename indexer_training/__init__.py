@@ -1,0 +1,1 @@
+"""Training of the memory indexer: data, capture, labels, training, calibration, evaluation, export."""
