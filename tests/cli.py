@@ -73,14 +73,20 @@ def _output(folder: Path, name: str, stream: str) -> Path:
 
 
 def _ended(folder: Path, name: str, session: int, code: int | None) -> Ended:
-    """Collect the output and end what is left of the session; helpers of the program get a moment to follow it."""
-    patience = time.monotonic() + (5 if code is not None else 0)
-    while (left := _members(session)) and time.monotonic() < patience:
+    """Collect the output and end what is left of the session."""
+    left = end_session(session, 5 if code is not None else 0)
+    texts = [_output(folder, name, stream).read_text(errors="replace") for stream in ("stdout", "stderr")]
+    return Ended(code, *texts, left)
+
+
+def end_session(session: int, patience: float) -> list[str]:
+    """What is left of a session after so many seconds, in which helpers may follow their program; it is killed."""
+    deadline = time.monotonic() + patience
+    while (left := _members(session)) and time.monotonic() < deadline:
         time.sleep(0.1)
     for process in left:
         process.kill()
-    texts = [_output(folder, name, stream).read_text(errors="replace") for stream in ("stdout", "stderr")]
-    return Ended(code, *texts, [str(process) for process in left])
+    return [str(process) for process in left]
 
 
 def _members(session: int) -> list[psutil.Process]:
