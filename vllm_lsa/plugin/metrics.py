@@ -4,7 +4,6 @@ import atexit
 import functools
 import hashlib
 import multiprocessing
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,7 +23,7 @@ def directory() -> Path:
     its own, with another instance id than the one the workers get.
     """
     server = hashlib.blake2b(multiprocessing.current_process().authkey, digest_size=8).hexdigest()
-    return Path(tempfile.gettempdir()) / f"vllm-lsa-{os.getuid()}" / server
+    return Path(tempfile.gettempdir()) / f"vllm-lsa-{server}"
 
 
 def serve() -> None:
