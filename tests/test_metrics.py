@@ -1,5 +1,9 @@
+import inspect
 import logging
 import multiprocessing
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,3 +105,48 @@ def test_prometheus(tmp_path: Path) -> None:
     assert "vllm_lsa:footprint_ratio 0.25" in lines
     for metric in METRICS:
         assert f"vllm_lsa:{metric.name}{'_total' if metric.kind == 'counter' else ''}" in "\n".join(lines)
+
+
+def test_a_registry_made_for_one_scrape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prometheus = pytest.importorskip("prometheus_client")
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    from vllm_lsa.plugin import metrics as plugin_metrics
+
+    # Without what a plugin that is loaded in this process has done to it; put back afterwards.
+    monkeypatch.setattr(MultiProcessCollector, "__init__", inspect.unwrap(MultiProcessCollector.__init__))
+    monkeypatch.setattr(plugin_metrics, "_collectors", [LsaCollector(tmp_path)])
+    plugin_metrics.install()
+    MetricsWriter(tmp_path, 0).set("cycles", 3)
+    for _ in range(2):
+        registry = prometheus.CollectorRegistry()
+        MultiProcessCollector(registry, str(tmp_path))
+        assert b"vllm_lsa:cycles_total 3.0" in prometheus.generate_latest(registry)
+
+
+SERVER = """
+import multiprocessing, os
+from vllm_lsa.metrics import MetricsWriter, read_all
+from vllm_lsa.plugin import metrics
+
+def work():
+    metrics.serve()  # as an API server does
+    MetricsWriter(metrics.directory(), 0).set("cycles", 3)
+
+if __name__ == "__main__":
+    metrics.serve()
+    worker = multiprocessing.get_context("spawn").Process(target=work)
+    worker.start()
+    worker.join()
+    print(read_all(metrics.directory())["cycles"])
+"""
+
+
+def test_processes_of_a_server_find_each_other_and_leave_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    program, temporary = tmp_path / "server.py", tmp_path / "temporary"
+    program.write_text(SERVER)
+    temporary.mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.check_output([sys.executable, str(program)], env=environment, text=True) == "3.0\n"
+    assert not list(temporary.iterdir())
