@@ -37,22 +37,45 @@ class ChunkIndex(ABC):
         """Bytes of one cell, that is of one chunk and kv head."""
 
     @abstractmethod
-    def encode(self, keys: torch.Tensor) -> torch.Tensor:
-        """Cells uint8 [n, Hkv, cell_bytes], contiguous, of full chunks of keys [n, Hkv, C, D], RoPE applied."""
+    def encode(self, keys: torch.Tensor, layer: int = 0) -> torch.Tensor:
+        """Cells uint8 [n, Hkv, cell_bytes], contiguous, of full chunks of keys [n, Hkv, C, D], RoPE applied.
 
-    def chunk_logits(self, query: torch.Tensor, cells: torch.Tensor, scale: float) -> torch.Tensor:
+        layer: the one that the keys belong to, since an index may have tables for each.
+        """
+
+    def chunk_logits(self, query: torch.Tensor, cells: torch.Tensor, scale: float, layer: int = 0) -> torch.Tensor:
         """Estimated log of the attention mass that each query head gives to each chunk.
 
-        query: [..., Hq, D], any float dtype. cells: uint8 [..., N, Hkv, cell_bytes]; only the last dimension must be
-        contiguous, the strides of the others and the address a multiple of 16 bytes. scale: of q·k in the softmax.
-        Returns fp32 [..., Hq, N], unnormalised, up to a constant that all chunks share. Leading dimensions (layers)
-        are batched.
+        query: [Hq, D] or [L, Hq, D], any float dtype. cells: uint8 [N, Hkv, cell_bytes] or [L, N, Hkv, cell_bytes];
+        only the last dimension must be contiguous, the strides of the others and the address a multiple of 16 bytes.
+        scale: of q·k in the softmax. layer: the one of the cells, or the first of their L. Returns fp32 [Hq, N] or
+        [L, Hq, N], unnormalised, up to a constant that all chunks share.
         """
-        if query.dim() > 2:
+        if query.dim() == 3:
             # One by one: what is decoded of the cells at a time is several times their size.
-            return torch.stack([self.chunk_logits(q, c, scale) for q, c in zip(query, cells, strict=True)])
-        return self._layer_logits(query, cells, scale)
+            layers = zip(query, cells, strict=True)
+            return torch.stack([self._layer_logits(q, c, scale, layer + i) for i, (q, c) in enumerate(layers)])
+        return self._layer_logits(query, cells, scale, layer)
+
+    def paged_logits(
+        self,
+        query: torch.Tensor,
+        cells: torch.Tensor,
+        blocks: torch.Tensor,
+        num_chunks: int,
+        scale: float,
+        layer: int = 0,
+    ) -> torch.Tensor:
+        """`chunk_logits` of a request's first `num_chunks` chunks in one layer, found through its block table.
+
+        query: [Hq, D]. cells: uint8 [num_blocks, Hkv, per_block, cell_bytes], strided as `chunk_logits` says. blocks:
+        int32 or int64 [nb] on the same device; chunk i is blocks[i // per_block], i % per_block. Returns fp32
+        [Hq, num_chunks]. An index with a kernel for it reads the cells where they are; this gathers them first.
+        """
+        count = -(-num_chunks // cells.shape[2])
+        gathered = cells[blocks[:count].long()].transpose(1, 2).flatten(0, 1)[:num_chunks]
+        return self.chunk_logits(query, gathered, scale, layer)
 
     @abstractmethod
-    def _layer_logits(self, query: torch.Tensor, cells: torch.Tensor, scale: float) -> torch.Tensor:
-        """`chunk_logits` without leading dimensions: query [Hq, D], cells [N, Hkv, cell_bytes], result [Hq, N]."""
+    def _layer_logits(self, query: torch.Tensor, cells: torch.Tensor, scale: float, layer: int) -> torch.Tensor:
+        """`chunk_logits` of one layer: query [Hq, D], cells [N, Hkv, cell_bytes], result [Hq, N]."""

@@ -26,10 +26,10 @@ class FourBitIndex(ChunkIndex):
     def cell_bytes(self) -> int:
         return chunk_lse.cell_bytes(self.chunk_tokens, self.head_dim)
 
-    def encode(self, keys: torch.Tensor) -> torch.Tensor:
+    def encode(self, keys: torch.Tensor, layer: int = 0) -> torch.Tensor:
         return chunk_lse.encode_keys4(keys)
 
-    def _layer_logits(self, query: torch.Tensor, cells: torch.Tensor, scale: float) -> torch.Tensor:
+    def _layer_logits(self, query: torch.Tensor, cells: torch.Tensor, scale: float, layer: int) -> torch.Tensor:
         if cells.stride(1) != self.cell_bytes:
             # The kernel steps over chunks, not over heads; a layout of several indexes has a gap between heads.
             cells = cells.contiguous()

@@ -25,15 +25,15 @@ class IndexLayout:
                 end += -(-index.cell_bytes // _ALIGN) * _ALIGN
         self.cell_bytes = max(end, _ALIGN)
 
-    def encode(self, keys: torch.Tensor) -> torch.Tensor:
-        """Cells uint8 [n, Hkv, cell_bytes] of full chunks of keys [n, Hkv, C, D]; the padding is 0."""
+    def encode(self, keys: torch.Tensor, layer: int = 0) -> torch.Tensor:
+        """Cells uint8 [n, Hkv, cell_bytes] of full chunks of a layer's keys [n, Hkv, C, D]; the padding is 0."""
         if len(self._begin) == 1:
             (index,) = self._begin
             if index.cell_bytes == self.cell_bytes:
-                return index.encode(keys)
+                return index.encode(keys, layer)
         cells = torch.zeros(*keys.shape[:2], self.cell_bytes, dtype=torch.uint8, device=keys.device)
         for index in self._begin:
-            self.part(cells, index).copy_(index.encode(keys))
+            self.part(cells, index).copy_(index.encode(keys, layer))
         return cells
 
     def part(self, cells: torch.Tensor, index: ChunkIndex) -> torch.Tensor:

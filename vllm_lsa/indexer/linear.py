@@ -18,10 +18,10 @@ class LinearIndex(ChunkIndex):
     def lift(self, query: torch.Tensor) -> torch.Tensor:
         """Vectors [Hq, width] of a query [Hq, D] in fp32."""
 
-    def encode(self, keys: torch.Tensor) -> torch.Tensor:
+    def encode(self, keys: torch.Tensor, layer: int = 0) -> torch.Tensor:
         return self.summary(keys).to(self.dtype).contiguous().view(torch.uint8)
 
-    def _layer_logits(self, query: torch.Tensor, cells: torch.Tensor, scale: float) -> torch.Tensor:
+    def _layer_logits(self, query: torch.Tensor, cells: torch.Tensor, scale: float, layer: int) -> torch.Tensor:
         vectors = cells.view(self.dtype).float()
         lifted = self.lift(query.float()) * scale
         grouped = lifted.unflatten(0, (vectors.shape[1], -1))
