@@ -89,8 +89,10 @@ def pod(data: bytes) -> str:
     """Perl's documentation without its directives."""
     text = re.sub(r"^=(begin|end|for|encoding|over|back|pod|cut).*$", "", plain(data), flags=re.M)
     text = re.sub(r"^=(head\d|item) +", "", text, flags=re.M)
+    text = re.sub(r"[A-Z]<<+ (.*?) >>+", r"\1", text, flags=re.S)
     for _ in range(3):  # codes nest
-        text = re.sub(r"[A-Z]<([^<>|]*\|)?([^<>]*)>", r"\2", text)
+        text = re.sub(r"L<([^<>|]*)\|[^<>]*>|[A-DF-Z]<([^<>]*)>", r"\1\2", text)
+    text = text.replace("E<lt>", "<").replace("E<gt>", ">")
     return text
 
 

@@ -1,0 +1,1 @@
+"""Evaluation of quality: the retrieval suite and what it is made of."""
