@@ -125,4 +125,21 @@ LSA_INLINE f8 exp2_neg(f8 x) {
   return x < splat(-126.f) ? splat(0.f) : r;
 }
 
+// log2 x for positive normal x to half an ulp of its n and 1e-7 more; NaN stays NaN. x = 2^n * m,
+// sqrt(1/2) <= m < sqrt(2), and log2 m is an odd polynomial in (m - 1) / (m + 1).
+LSA_INLINE f8 log2_normal(f8 x) {
+  const i8 root = (i8)splat(0.70710677f);
+  const i8 n = ((i8)x - root) >> 23;
+  const f8 m = (f8)((i8)x - (n << 23));
+  const f8 r = (m - splat(1.f)) / (m + splat(1.f));
+  const f8 s = r * r;
+  f8 p = splat(0.32059889f);
+  p = p * s + splat(0.41219857f);
+  p = p * s + splat(0.57707801f);
+  p = p * s + splat(0.96179669f);
+  p = p * s + splat(2.8853901f);
+  const f8 y = __builtin_convertvector(n, f8) + p * r;
+  return x == x ? y : x;
+}
+
 }  // namespace lsa

@@ -29,6 +29,12 @@ _SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
         None,
         [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int, c_int, c_int, c_int, c_float, c_int],
     ),
+    "lsa_encode_product": (None, [c_void_p, c_void_p, c_void_p, c_int64, *[c_int] * 5]),
+    "lsa_product_chunk_logits": (
+        c_int64,
+        [c_void_p, c_void_p, c_void_p, *[c_int64] * 3, c_void_p, c_int64, c_int, c_void_p, c_void_p, c_int64]
+        + [c_int] * 6,
+    ),
 }
 
 

@@ -6,17 +6,23 @@ constant, a sum of M look-ups: ``q·k ≈ q·mean + Σ_m T[m, code_m]``, ``T[m, 
 where to_query is the inverse of to_code.
 """
 
+import math
+
 import torch
 
-from vllm_lsa.ops.native import require
+from vllm_lsa.ops.native import kernel, require, unsupported
 
 CENTROIDS = 256
-# Distances to centroids that `encode_product` holds at a time: 4 MiB.
-_TILE = 1 << 20
+_LANES = 4  # query heads that the kernel scores at once
+_LOG2E = math.log2(math.e)
+_TILE = 1 << 24  # differences to centroids that `encode_product` holds at a time without a kernel
 
 
-def _require_tables(centroids: torch.Tensor, kv_heads: int, dim: int, square: dict[str, torch.Tensor]) -> int:
-    """M. Raises ValueError unless centroids is fp32 [Hkv, M, 256, D / M] and `square` fp32 [Hkv, D, D]."""
+def _require_tables(centroids: torch.Tensor, kv_heads: int, dim: int, others: dict[str, torch.Tensor]) -> int:
+    """M. Raises ValueError unless all are fp32 on the device of centroids [Hkv, M, 256, D / M], contiguous.
+
+    Of the others the mean must be [Hkv, D], the matrices [Hkv, D, D].
+    """
     require(
         centroids.dim() == 4
         and centroids.shape[0] == kv_heads
@@ -24,8 +30,14 @@ def _require_tables(centroids: torch.Tensor, kv_heads: int, dim: int, square: di
         and centroids.shape[1] * centroids.shape[3] == dim,
         f"centroids must be [{kv_heads}, M, {CENTROIDS}, {dim} / M], got {list(centroids.shape)}",
     )
-    for name, x in square.items():
-        require(x.shape == (kv_heads, dim, dim), f"{name} must be {[kv_heads, dim, dim]}, got {list(x.shape)}")
+    require(centroids.dtype == torch.float32, f"centroids must be float32, got {centroids.dtype}")
+    require(centroids.is_contiguous(), f"centroids must be contiguous, got strides {centroids.stride()}")
+    for name, x in others.items():
+        shape = [kv_heads, dim] if name == "mean" else [kv_heads, dim, dim]
+        require(
+            list(x.shape) == shape and x.dtype == torch.float32 and x.device == centroids.device,
+            f"{name} must be float32 {shape} on {centroids.device}, got {x.dtype} {list(x.shape)} on {x.device}",
+        )
     return centroids.shape[1]
 
 
@@ -34,15 +46,32 @@ def encode_product(
 ) -> torch.Tensor:
     """Cells of full chunks of keys, one byte per token and subspace.
 
-    keys: [n, Hkv, C, D], any float dtype and strides. to_code: fp32 [Hkv, D, D]. mean: fp32 [Hkv, D]. centroids: fp32
-    [Hkv, M, 256, D / M]. Returns uint8 [n, Hkv, M·C]; byte m·C + t is token t's code in subspace m. Any device; the
-    memory for distances is bounded. Raises ValueError on a bad shape or dtype.
+    keys: [n, Hkv, C, D], any float dtype and strides, finite; C a multiple of 8. to_code: fp32 [Hkv, D, D]. mean: fp32
+    [Hkv, D]. centroids: fp32 [Hkv, M, 256, D / M]. Returns uint8 [n, Hkv, M·C]; byte m·C + t is token t's code in
+    subspace m. Raises ValueError on a bad shape, dtype or device.
     """
     require(keys.dim() == 4 and keys.is_floating_point(), f"keys must be float [n, Hkv, C, D], got {list(keys.shape)}")
-    _, kv_heads, _, dim = keys.shape
-    _require_tables(centroids, kv_heads, dim, {"to_code": to_code})
-    require(mean.shape == (kv_heads, dim), f"mean must be {[kv_heads, dim]}, got {list(mean.shape)}")
-    return encode_product_naive(keys, to_code, mean, centroids)
+    n, kv_heads, chunk, dim = keys.shape
+    subspaces = _require_tables(centroids, kv_heads, dim, {"to_code": to_code, "mean": mean})
+    require(centroids.device == keys.device, f"keys are on {keys.device}, the tables on {centroids.device}")
+    require(chunk % 8 == 0 and chunk > 0, f"C = {chunk} must be a multiple of 8")
+    if keys.device.type == "cuda":
+        tile = max(1, _TILE // (kv_heads * chunk * dim * CENTROIDS))
+        cells = torch.empty(n, kv_heads, subspaces * chunk, dtype=torch.uint8, device=keys.device)
+        for begin in range(0, n, tile):
+            here = slice(begin, begin + tile)
+            cells[here] = encode_product_naive(keys[here], to_code, mean, centroids)
+        return cells
+    if keys.device.type != "cpu":
+        raise unsupported(keys.device)
+    cells = torch.empty(n, kv_heads, subspaces * chunk, dtype=torch.uint8)
+    rows = keys.transpose(0, 1).reshape(kv_heads, n * chunk, dim).float()
+    y = torch.bmm(rows - mean.unsqueeze(1), to_code)
+    kernel("lsa_encode_product")(
+        y.data_ptr(), centroids.data_ptr(), cells.data_ptr(), n, kv_heads, chunk, subspaces, dim // subspaces,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return cells
 
 
 def encode_product_naive(
@@ -64,7 +93,10 @@ def product_chunk_logits(
     [Hkv, D, D]. centroids: fp32 [Hkv, M, 256, D / M]. chunk: C, a multiple of 8. Returns fp32 [Hq, N].
     Raises ValueError on a bad shape, dtype or stride.
     """
-    return product_chunk_logits_naive(q, cells, to_query, centroids, chunk, scale)
+    if q.device.type == "cuda":
+        return product_chunk_logits_naive(q, cells, to_query, centroids, chunk, scale)
+    require(cells.dim() == 3, f"cells must be [N, Hkv, M·C], got {list(cells.shape)}")
+    return _logits(q, cells.unsqueeze(2), None, len(cells), to_query, centroids, chunk, scale)
 
 
 def product_chunk_logits_naive(
@@ -99,7 +131,61 @@ def product_chunk_logits_paged(
     [nb]; chunk i is blocks[i // per_block], i % per_block. Returns fp32 [Hq, num_chunks]. Raises ValueError also on too
     few blocks or one that does not exist.
     """
-    return product_chunk_logits_paged_naive(q, cells, blocks, num_chunks, to_query, centroids, chunk, scale)
+    if q.device.type == "cuda":
+        return product_chunk_logits_paged_naive(q, cells, blocks, num_chunks, to_query, centroids, chunk, scale)
+    require(cells.dim() == 4, f"cells must be [num_blocks, Hkv, per_block, M·C], got {list(cells.shape)}")
+    require(
+        blocks.dim() == 1 and blocks.dtype in (torch.int32, torch.int64) and blocks.device == q.device,
+        f"blocks must be int32 or int64 [nb] on {q.device}, got {blocks.dtype} {list(blocks.shape)} on {blocks.device}",
+    )
+    require(
+        0 <= num_chunks <= len(blocks) * cells.shape[2],
+        f"{num_chunks} chunks are not in {len(blocks)} blocks of {cells.shape[2]}",
+    )
+    blocks = blocks.to(torch.int64).contiguous()
+    return _logits(q, cells, blocks, num_chunks, to_query, centroids, chunk, scale)
+
+
+def _logits(
+    q: torch.Tensor,
+    cells: torch.Tensor,
+    blocks: torch.Tensor | None,
+    n: int,
+    to_query: torch.Tensor,
+    centroids: torch.Tensor,
+    chunk: int,
+    scale: float,
+) -> torch.Tensor:
+    """Both forms: the cells [num_blocks, Hkv, per_block, M·C] of a block table, or of all blocks in order."""
+    if q.device.type != "cpu":
+        raise unsupported(q.device)
+    require(q.dim() == 2 and q.is_floating_point(), f"q must be float [Hq, D], got {q.dtype} {list(q.shape)}")
+    q_heads, dim = q.shape
+    num_blocks, kv_heads, per_block, size = cells.shape
+    require(kv_heads > 0 and q_heads % kv_heads == 0, f"{kv_heads} kv heads do not divide {q_heads} query heads")
+    subspaces = _require_tables(centroids, kv_heads, dim, {"to_query": to_query})
+    require(chunk % 8 == 0 and chunk > 0, f"C = {chunk} must be a multiple of 8")
+    require(
+        size == subspaces * chunk and cells.dtype == torch.uint8 and cells.device == q.device,
+        f"cells must be uint8 [.., {subspaces} · {chunk}] on {q.device}, "
+        f"got {cells.dtype} {list(cells.shape)} on {cells.device}",
+    )
+    require(cells.stride(3) == 1, f"the bytes of a cell must be contiguous, got strides {cells.stride()}")
+    require(centroids.device == q.device, f"q is on {q.device}, the tables on {centroids.device}")
+    group = q_heads // kv_heads
+    passes = -(-group // _LANES)
+    columns = torch.zeros(kv_heads, dim, passes * _LANES, dtype=torch.float32)
+    columns[..., :group] = q.unflatten(0, (kv_heads, group)).transpose(1, 2)
+    lifted = torch.bmm(to_query, columns).mul_(scale * _LOG2E).contiguous()
+    table = torch.empty(kv_heads, passes, subspaces, CENTROIDS, _LANES, dtype=torch.float32)
+    out = torch.empty(q_heads, n, dtype=torch.float32)
+    bad = kernel("lsa_product_chunk_logits")(
+        lifted.data_ptr(), centroids.data_ptr(), cells.data_ptr(), *cells.stride()[:3],
+        None if blocks is None else blocks.data_ptr(), num_blocks, per_block, table.data_ptr(), out.data_ptr(),
+        n, kv_heads, group, subspaces, dim // subspaces, chunk, torch.get_num_threads(),
+    )  # fmt: skip
+    require(bad < 0, f"blocks[{bad}] is not one of {num_blocks} blocks")
+    return out
 
 
 def product_chunk_logits_paged_naive(
