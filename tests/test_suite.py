@@ -39,7 +39,7 @@ def test_windows_hold_the_question_or_its_last_word_only(tokenizer, suite):
         assert inside.prompt_tokens[inside.window_start :] == inside.question_tokens
         assert end - inside.window_start <= WINDOW
         last_word = tokenizer.decode(before.prompt_tokens[before.window_start :])
-        assert last_word.startswith(" ") and " " not in last_word.strip()
+        assert " " not in last_word.strip()
         assert inside.window_start < before.window_start < before.answer_span[0]
 
 
@@ -60,9 +60,13 @@ def test_depths_are_spread_and_true(tokenizer):
         assert place / len(tokenizer.decode(task.prompt_tokens)) == pytest.approx(task.depth, abs=0.06)
 
 
-def test_scores(suite):
+def test_scores(tokenizer, suite):
     task = next(task for task in suite if task.name == "single_needle")
     assert task.is_predicted(task.answer_tokens) and not task.is_predicted([*task.answer_tokens[:-1], 0])
+    assert task.share_predicted([*task.answer_tokens[:-1], 0]) == pytest.approx(1 - 1 / len(task.answer_tokens))
+    two = next(task for task in suite if task.name == "multi_query")
+    wrong = [0 if tokenizer.decode([token]) == " and" else token for token in two.answer_tokens]
+    assert wrong != two.answer_tokens and two.is_predicted(wrong)
     answer = task.answer_text.strip()
     assert task.is_answered(f" {answer}.") and task.is_answered(answer)
     assert not task.is_answered(f"{answer}7") and not task.is_answered(f"not {answer}")

@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from vllm_lsa.errors import LsaError
@@ -33,6 +34,8 @@ class Task:
         Where what is asked for stands (its first part, if it has several): share of the tokens before the question.
     question_tokens
         The end of the prompt.
+    scored
+        Places in `answer_tokens` that are judged: those of values, not the "and" between them.
     window_start
         Index of the first token that is decoded sparsely; at most WINDOW tokens from there to the end of the answer.
     """
@@ -45,6 +48,7 @@ class Task:
     question_tokens: list[int]
     answer_tokens: list[int]
     answer_text: str
+    scored: list[int]
     window_start: int
 
     @property
@@ -58,8 +62,12 @@ class Task:
         return len(self.prompt_tokens), len(self.prompt_tokens) + len(self.answer_tokens)
 
     def is_predicted(self, predicted: Sequence[int]) -> bool:
-        """Whether `predicted`, the most likely token for each place of the answer, teacher-forced, is the answer."""
-        return list(predicted) == self.answer_tokens
+        """Whether `predicted`, the most likely token for each place of the answer, teacher-forced, is right."""
+        return self.share_predicted(predicted) == 1
+
+    def share_predicted(self, predicted: Sequence[int]) -> float:
+        """Share of the scored tokens that are right: partial credit where several values are asked for."""
+        return sum(predicted[i] == self.answer_tokens[i] for i in self.scored) / len(self.scored)
 
     def is_answered(self, generated: str) -> bool:
         """Whether text generated after the prompt begins with the answer, as whole words."""
@@ -79,7 +87,7 @@ class Plot:
 
 
 def _and(words: Sequence[str]) -> str:
-    return f"{', '.join(words[:-1])} and {words[-1]}"
+    return " and ".join(words)
 
 
 def _code(noun: str, code: str) -> str:
@@ -104,14 +112,14 @@ def multi_key(rng: random.Random, depth: float) -> Plot:
 
 
 def multi_value(rng: random.Random, depth: float) -> Plot:
-    """Three codes of one thing, all asked for in their order."""
-    noun, codes = rng.choice(NOUNS), [number(rng, 4) for _ in range(3)]
-    depths = [depth, *sorted(rng.uniform(depth, 1.0) for _ in codes[1:])]
+    """Two codes of one thing, both asked for in their order."""
+    noun, codes = rng.choice(NOUNS), [number(rng, 5) for _ in range(2)]
+    depths = [depth, rng.uniform(depth, 1.0)]
     facts = [
         (d, f"The {which} secret code of {noun} is {code}.")
-        for d, which, code in zip(depths, ("first", "second", "third"), codes, strict=True)
+        for d, which, code in zip(depths, ("first", "second"), codes, strict=True)
     ]
-    ask = f"What are the three secret codes of {noun}? Answer: The first, second and third secret code of {noun}"
+    ask = f"What are the secret codes of {noun}? Answer: The first and the second secret code of {noun}"
     return Plot(facts, ask, " are", f" {_and(codes)}")
 
 
@@ -133,26 +141,25 @@ def variable_tracking(rng: random.Random, depth: float) -> Plot:
     for chain in (names[:3], names[3:]):
         values.append(number(rng, 5))
         depths = sorted(rng.random() for _ in chain) if facts else [depth, *sorted(rng.uniform(depth, 1) for _ in "ab")]
-        sources = [values[-1], *(f"VAR {name}" for name in chain)]
-        facts += [
-            (d, f"\nVAR {name} = {source}.\n") for d, name, source in zip(depths, chain, sources[:3], strict=True)
-        ]
+        texts = [f"The variable {chain[0]} has the value {values[-1]}."]
+        texts += [f"The variable {name} is equal to {source}." for source, name in pairwise(chain)]
+        facts += zip(depths, texts, strict=True)
     first, middle, last = names[:3]
-    ask = f"What is the value of VAR {last}? Answer: VAR {last} = VAR {middle}, VAR {middle} = VAR {first}, VAR {first}"
-    return Plot(facts, ask, " =", f" {values[0]}")
+    path = f"The variable {last} is equal to {middle}, {middle} is equal to {first}, and the variable {first} has the"
+    return Plot(facts, f"What is the value of {last}? Answer: {path}", " value", f" {values[0]}")
 
 
 def common_words(rng: random.Random, depth: float) -> Plot:
-    """Lists of words scattered over the document; one word is in all of them, the others in one."""
-    words = rng.sample(NOUNS, 41)
+    """Lists of words scattered over the document; one word is in all of them, three others each are in one."""
+    words = rng.sample(NOUNS, 25)
     common, others = words[0], words[1:]
     facts = []
     for i in range(8):
-        entries = [*others[5 * i : 5 * i + 5], common, common]
+        entries = [*others[3 * i : 3 * i + 3], common, common, common]
         rng.shuffle(entries)
-        facts.append((depth if i == 0 else rng.random(), f"\nList of words: {', '.join(entries)}.\n"))
-    ask = "Which word is in all the lists of words above? Answer: The most common word in the lists of words"
-    return Plot(facts, ask, " is", f" {common}")
+        facts.append((depth if i == 0 else rng.random(), f"\nList of common words: {', '.join(entries)}.\n"))
+    ask = "Which word is most common in the lists? Answer: List of the most common"
+    return Plot(facts, ask, " words:", f" {common}")
 
 
 def document_qa(rng: random.Random, depth: float) -> Plot:
@@ -203,7 +210,13 @@ def make_task(
 ) -> list[Task]:
     """One sample in both variants."""
     plot = TASKS[name](rng, depth)
-    answer = encoder.encode(plot.answer)
+    answer: list[int] = []
+    scored: list[int] = []
+    for i, value in enumerate(plot.answer.split(" and ")):
+        answer += encoder.encode(" and") if i else []
+        tokens = encoder.encode(f" {value.strip()}")
+        scored += range(len(answer), len(answer) + len(tokens))
+        answer += tokens
     last_word = encoder.encode(plot.last_word)
     question = encoder.encode(f"\n\nQuestion: {plot.question}") + last_word
     items = [Item(d, [(text, False)]) for d, text in plot.facts]
@@ -216,7 +229,7 @@ def make_task(
     at = placed.starts[plot.asked] / before_question
     window_starts = {"before": len(prompt) - len(last_word), "inside": before_question}
     return [
-        Task(name, index, variant, at, prompt, question, answer, plot.answer, window_starts[variant])
+        Task(name, index, variant, at, prompt, question, answer, plot.answer, scored, window_starts[variant])
         for variant in VARIANTS
     ]
 
