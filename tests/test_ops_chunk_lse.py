@@ -8,6 +8,8 @@ from vllm_lsa.ops.chunk_lse import (
     encode_keys4,
     keys4_chunk_logits,
     keys4_chunk_logits_naive,
+    keys4_chunk_logits_paged,
+    keys4_chunk_logits_paged_naive,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -60,14 +62,33 @@ def test_codec_layout():
 def test_chunk_logits_match_naive(dtype, n, kv_heads, group, chunk, dim):
     torch.manual_seed(n)
     size = cell_bytes(chunk, dim)
-    wide = torch.randint(0, 256, (n, kv_heads * size + 11), dtype=torch.uint8)
-    cells = wide[:, : kv_heads * size].view(n, kv_heads, size)
+    cells = torch.full((n, kv_heads + 1, size + 16), 0xFF, dtype=torch.uint8)[:, :kv_heads, :size]
     cells.copy_(encode_keys4(torch.randn(n, kv_heads, chunk, dim).to(dtype)))
     q = torch.randn(kv_heads * group, dim).to(dtype)
     got = keys4_chunk_logits(q, cells, chunk, dim**-0.5)
     want = keys4_chunk_logits_naive(q.double(), cells, chunk, dim**-0.5)
     assert got.shape == (kv_heads * group, n)
     assert_close(got, want)
+
+
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+@pytest.mark.parametrize("per_block", [1, 2, 5])
+@pytest.mark.parametrize("n", [0, 1, 63, 517])
+@pytest.mark.parametrize("kv_heads,group,chunk,dim", [(3, 3, 16, 64), (2, 4, 8, 72)])
+def test_paged_logits_match_naive(ids, per_block, n, kv_heads, group, chunk, dim):
+    torch.manual_seed(n)
+    size, count = cell_bytes(chunk, dim), -(-n // per_block)
+    # A cell inside a wider one, whose other bytes are NaN as minima and steps are.
+    cells = torch.full((count + 9, kv_heads, per_block, size + 32), 0xFF, dtype=torch.uint8)[..., 16 : size + 16]
+    # Entries past the request's are not read, and the table is strided.
+    blocks = torch.full((count + 3, 2), -1, dtype=ids)[:, 0]
+    blocks[:count] = torch.randperm(count + 9)[:count]
+    keys = torch.randn(count, kv_heads, per_block, chunk, dim).flatten(1, 2)
+    cells[blocks[:count].long()] = encode_keys4(keys).unflatten(1, (kv_heads, per_block))
+    q = torch.randn(kv_heads * group, dim)
+    got = keys4_chunk_logits_paged(q, cells, blocks, n, chunk, dim**-0.5)
+    assert got.shape == (kv_heads * group, n)
+    assert_close(got, keys4_chunk_logits_paged_naive(q.double(), cells, blocks, n, chunk, dim**-0.5))
 
 
 def test_chunk_logits_refuse_bad_input():
@@ -79,10 +100,19 @@ def test_chunk_logits_refuse_bad_input():
         ("multiples of 8", q, cells, 12),
         ("do not divide", q[:5], cells, 16),
         ("q must be", q[0], cells, 16),
-        ("all but the first", q, cells.transpose(0, 1).contiguous().transpose(0, 1), 16),
+        ("bytes of a cell", q, cells.repeat(1, 1, 2)[..., ::2], 16),
     ]:
         with pytest.raises(ValueError, match=match):
             keys4_chunk_logits(bad_q, bad_cells, chunk, 1.0)
+    for match, bad_cells, blocks, n in [
+        ("cells must be", cells, [0], 1),
+        ("cells must be", cells[:, :, None, :-1], [0], 1),
+        ("3 chunks are not in 2 blocks of 1", cells[:, :, None], [0, 1], 3),
+        (r"blocks\[1\] is not one of 5", cells[:, :, None], [0, 5], 2),
+        (r"blocks\[0\] is not one of 5", cells[:, :, None], [-1, 5], 2),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            keys4_chunk_logits_paged(q, bad_cells, torch.tensor(blocks), n, 16, 1.0)
     with pytest.raises(ValueError, match="k must be"):
         encode_keys4(torch.zeros(2, 3, 4))
     with pytest.raises(ValueError, match="floating point"):

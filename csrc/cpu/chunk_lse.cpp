@@ -64,29 +64,37 @@ LSA_INLINE void dot_codes(const float* q, int blocks, const uint8_t* codes, int 
 }  // namespace
 }  // namespace lsa
 
-// q [Hq, dim] float32, cells [n, Hkv, dim / 2 * chunk + 4 * chunk] with chunks cell_stride bytes apart,
-// out [Hq, n] float32. chunk: multiple of 8, dim: multiple of 8.
-LSA_EXPORT void lsa_keys4_chunk_logits(const float* q, const uint8_t* cells, int64_t cell_stride, float* out, int64_t n,
-                                       int kv_heads, int group, int chunk, int dim, float scale, int threads) {
+// q [Hq, dim] float32, out [Hq, n] float32. chunk: multiple of 8, dim: multiple of 8. Chunk c and a head have the
+// dim / 2 * chunk + 4 * chunk bytes at cells + block * block_stride + head * head_stride +
+// c % per_block * chunk_stride, with block = blocks[c / per_block], or c / per_block if blocks is null.
+// Returns -1, or, having done nothing, the index of the first block that is not one of num_blocks.
+LSA_EXPORT int64_t lsa_keys4_chunk_logits(const float* q, const uint8_t* cells, int64_t block_stride,
+                                          int64_t head_stride, int64_t chunk_stride, const int64_t* blocks,
+                                          int64_t num_blocks, int per_block, float* out, int64_t n, int kv_heads,
+                                          int group, int chunk, int dim, float scale, int threads) {
   using namespace lsa;
+  for (int64_t i = 0; blocks && i * per_block < n; i++)
+    if (blocks[i] < 0 || blocks[i] >= num_blocks) return i;
   const Query query(q, kv_heads * group, dim, scale);
-  const int token_bytes = dim / 2, codes_bytes = chunk * token_bytes, blocks = query.blocks;
+  const int token_bytes = dim / 2, codes_bytes = chunk * token_bytes, steps = query.blocks;
   const int team = n * kv_heads * chunk < 2048 ? 1 : threads;
 #pragma omp parallel num_threads(team) if (team > 1)
   {
     std::vector<float> dots(size_t(group) * chunk);
 #pragma omp for schedule(static)
-    for (int64_t c = 0; c < n; c++)
+    for (int64_t c = 0; c < n; c++) {
+      const int64_t b = c / per_block, block = blocks ? blocks[b] : b;
+      const uint8_t* of_chunk = cells + block * block_stride + (c - b * per_block) * chunk_stride;
       for (int head = 0; head < kv_heads; head++) {
-        const uint8_t* cell = cells + c * cell_stride + int64_t(head) * (codes_bytes + 4 * chunk);
-        const float* lanes = query.lanes.data() + size_t(head) * group * blocks * 64;
+        const uint8_t* cell = of_chunk + head * head_stride;
+        const float* lanes = query.lanes.data() + size_t(head) * group * steps * 64;
         for (int h = 0; h < group;) {
-          const float* qh = lanes + size_t(h) * blocks * 64;
+          const float* qh = lanes + size_t(h) * steps * 64;
           float* s = dots.data() + h * chunk;
           switch (group - h) {
-            case 1: dot_codes<1>(qh, blocks, cell, chunk, token_bytes, chunk, s); h += 1; break;
-            case 2: case 4: dot_codes<2>(qh, blocks, cell, chunk, token_bytes, chunk, s); h += 2; break;
-            default: dot_codes<3>(qh, blocks, cell, chunk, token_bytes, chunk, s); h += 3;
+            case 1: dot_codes<1>(qh, steps, cell, chunk, token_bytes, chunk, s); h += 1; break;
+            case 2: case 4: dot_codes<2>(qh, steps, cell, chunk, token_bytes, chunk, s); h += 2; break;
+            default: dot_codes<3>(qh, steps, cell, chunk, token_bytes, chunk, s); h += 3;
           }
         }
         const half* lows = reinterpret_cast<const half*>(cell + codes_bytes);
@@ -104,5 +112,7 @@ LSA_EXPORT void lsa_keys4_chunk_logits(const float* q, const uint8_t* cells, int
           out[(int64_t(head) * group + h) * n + c] = peak * kLn2 + std::log(sum(total));
         }
       }
+    }
   }
+  return -1;
 }

@@ -5,6 +5,8 @@ from typing import ClassVar
 
 import torch
 
+from vllm_lsa.ops.native import gather_cells
+
 
 class ChunkIndex(ABC):
     """Summarises the keys of a chunk in one *cell* per layer and kv head, and scores chunks by their cells.
@@ -72,9 +74,7 @@ class ChunkIndex(ABC):
         int32 or int64 [nb] on the same device; chunk i is blocks[i // per_block], i % per_block. Returns fp32
         [Hq, num_chunks]. An index with a kernel for it reads the cells where they are; this gathers them first.
         """
-        count = -(-num_chunks // cells.shape[2])
-        gathered = cells[blocks[:count].long()].transpose(1, 2).flatten(0, 1)[:num_chunks]
-        return self.chunk_logits(query, gathered, scale, layer)
+        return self.chunk_logits(query, gather_cells(cells, blocks, num_chunks), scale, layer)
 
     @abstractmethod
     def _layer_logits(self, query: torch.Tensor, cells: torch.Tensor, scale: float, layer: int) -> torch.Tensor:

@@ -29,8 +29,16 @@ class FourBitIndex(ChunkIndex):
     def encode(self, keys: torch.Tensor, layer: int = 0) -> torch.Tensor:
         return chunk_lse.encode_keys4(keys)
 
+    def paged_logits(
+        self,
+        query: torch.Tensor,
+        cells: torch.Tensor,
+        blocks: torch.Tensor,
+        num_chunks: int,
+        scale: float,
+        layer: int = 0,
+    ) -> torch.Tensor:
+        return chunk_lse.keys4_chunk_logits_paged(query, cells, blocks, num_chunks, self.chunk_tokens, scale)
+
     def _layer_logits(self, query: torch.Tensor, cells: torch.Tensor, scale: float, layer: int) -> torch.Tensor:
-        if cells.stride(1) != self.cell_bytes:
-            # The kernel steps over chunks, not over heads; a layout of several indexes has a gap between heads.
-            cells = cells.contiguous()
         return chunk_lse.keys4_chunk_logits(query, cells, self.chunk_tokens, scale)

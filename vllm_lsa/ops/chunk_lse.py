@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_lsa.ops.native import kernel, require, require_tensor, unsupported
+from vllm_lsa.ops.native import gather_cells, kernel, require, require_blocks, unsupported
 
 _HALF_MAX = torch.finfo(torch.float16).max
 
@@ -61,29 +61,14 @@ def _require_cells(cells: torch.Tensor, chunk: int, dim: int) -> None:
 def keys4_chunk_logits(q: torch.Tensor, cells: torch.Tensor, chunk: int, scale: float) -> torch.Tensor:
     """Log of the attention mass of each chunk: logsumexp over its tokens of scale·q·k̂, k̂ the decoded key.
 
-    q: [Hq, D], any float dtype. cells: [N, Hkv, cell_bytes(C, D)] uint8, chunks may be strided. chunk: C, a multiple of
-    8, as is D. Returns [Hq, N] fp32. The kernel decodes no key: q·k̂ = minimum Σq + step (q·codes).
+    q: [Hq, D], any float dtype. cells: [N, Hkv, cell_bytes(C, D)] uint8, chunks and heads may be strided. chunk: C, a
+    multiple of 8, as is D. Returns [Hq, N] fp32. The kernel decodes no key: q·k̂ = minimum Σq + step (q·codes).
     Raises ValueError on a bad shape, dtype or stride.
     """
     if q.device.type == "cuda":
         return keys4_chunk_logits_naive(q, cells, chunk, scale)
-    if q.device.type != "cpu":
-        raise unsupported(q.device)
-
-    require(q.dim() == 2, f"q must be [Hq, D], got {list(q.shape)}")
-    (q_heads, dim) = q.shape
-    require(dim % 8 == 0 and chunk % 8 == 0 and chunk > 0, f"D = {dim} and C = {chunk} must be multiples of 8")
-    _require_cells(cells, chunk, dim)
-    n, kv_heads, size = cells.shape
-    require_tensor("cells", cells, (n, kv_heads, size), torch.uint8, q.device)
-    require(kv_heads > 0 and q_heads % kv_heads == 0, f"{kv_heads} kv heads do not divide {q_heads} query heads")
-    q = q.float().contiguous()
-    out = torch.empty(q_heads, n, dtype=torch.float32)
-    kernel("lsa_keys4_chunk_logits")(
-        q.data_ptr(), cells.data_ptr(), cells.stride(0), out.data_ptr(),
-        n, kv_heads, q_heads // kv_heads, chunk, dim, scale, torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+    require(cells.dim() == 3, f"cells must be [N, Hkv, b], got {list(cells.shape)}")
+    return _logits(q, cells.unsqueeze(2), None, len(cells), chunk, scale)
 
 
 def keys4_chunk_logits_naive(q: torch.Tensor, cells: torch.Tensor, chunk: int, scale: float) -> torch.Tensor:
@@ -93,3 +78,52 @@ def keys4_chunk_logits_naive(q: torch.Tensor, cells: torch.Tensor, chunk: int, s
     keys = decode_keys4(cells, chunk, dim).to(q.dtype)
     logits = scale * torch.einsum("hgd,nhtd->hgnt", q.view(cells.shape[1], -1, dim), keys)
     return logits.logsumexp(-1).flatten(0, 1)
+
+
+def keys4_chunk_logits_paged(
+    q: torch.Tensor, cells: torch.Tensor, blocks: torch.Tensor, num_chunks: int, chunk: int, scale: float
+) -> torch.Tensor:
+    """`keys4_chunk_logits` of a request's first `num_chunks` chunks, found through its block table without a copy.
+
+    cells: uint8 [num_blocks, Hkv, per_block, cell_bytes(C, D)], all but the last dimension may be strided. blocks:
+    int32 or int64 [nb]; chunk i is blocks[i // per_block], i % per_block. Returns fp32 [Hq, num_chunks]. Raises
+    ValueError also on too few blocks or one that does not exist.
+    """
+    if q.device.type == "cuda":
+        return keys4_chunk_logits_paged_naive(q, cells, blocks, num_chunks, chunk, scale)
+    return _logits(q, cells, require_blocks(blocks, num_chunks, cells), num_chunks, chunk, scale)
+
+
+def keys4_chunk_logits_paged_naive(
+    q: torch.Tensor, cells: torch.Tensor, blocks: torch.Tensor, num_chunks: int, chunk: int, scale: float
+) -> torch.Tensor:
+    """Twin of `keys4_chunk_logits_paged`: gather, then `keys4_chunk_logits_naive`."""
+    return keys4_chunk_logits_naive(q, gather_cells(cells, blocks, num_chunks), chunk, scale)
+
+
+def _logits(
+    q: torch.Tensor, cells: torch.Tensor, blocks: torch.Tensor | None, n: int, chunk: int, scale: float
+) -> torch.Tensor:
+    """Both forms: the cells [num_blocks, Hkv, per_block, b] of a block table, or of all blocks in order."""
+    if q.device.type != "cpu":
+        raise unsupported(q.device)
+    require(q.dim() == 2, f"q must be [Hq, D], got {list(q.shape)}")
+    (q_heads, dim) = q.shape
+    require(dim % 8 == 0 and chunk % 8 == 0 and chunk > 0, f"D = {dim} and C = {chunk} must be multiples of 8")
+    num_blocks, kv_heads, per_block, size = cells.shape
+    require(
+        size == cell_bytes(chunk, dim) and cells.dtype == torch.uint8 and cells.device == q.device,
+        f"cells must be uint8 [.., {cell_bytes(chunk, dim)}] on {q.device}, "
+        f"got {cells.dtype} {list(cells.shape)} on {cells.device}",
+    )
+    require(cells.stride(3) == 1, f"the bytes of a cell must be contiguous, got strides {cells.stride()}")
+    require(kv_heads > 0 and q_heads % kv_heads == 0, f"{kv_heads} kv heads do not divide {q_heads} query heads")
+    q = q.float().contiguous()
+    out = torch.empty(q_heads, n, dtype=torch.float32)
+    bad = kernel("lsa_keys4_chunk_logits")(
+        q.data_ptr(), cells.data_ptr(), *cells.stride()[:3], None if blocks is None else blocks.data_ptr(),
+        num_blocks, per_block, out.data_ptr(), n, kv_heads, q_heads // kv_heads, chunk, dim, scale,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    require(bad < 0, f"blocks[{bad}] is not one of {num_blocks} blocks")
+    return out

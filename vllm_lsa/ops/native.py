@@ -26,8 +26,8 @@ _SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
         [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int],
     ),
     "lsa_keys4_chunk_logits": (
-        None,
-        [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int, c_int, c_int, c_int, c_float, c_int],
+        c_int64,
+        [c_void_p, c_void_p, *[c_int64] * 3, c_void_p, c_int64, c_int, c_void_p, c_int64, *[c_int] * 4, c_float, c_int],
     ),
     "lsa_encode_product": (None, [c_void_p, c_void_p, c_void_p, c_int64, *[c_int] * 5]),
     "lsa_product_chunk_logits": (
@@ -73,6 +73,35 @@ def require_tensor(
             if size > 1 and stride != inner:
                 raise ValueError(f"{name}: all but the first dimension must be contiguous, got strides {x.stride()}")
             inner *= size
+
+
+def require_blocks(blocks: torch.Tensor, num_chunks: int, cells: torch.Tensor) -> torch.Tensor:
+    """A request's block table, int32 or int64 [nb], as contiguous int64.
+
+    Raises ValueError unless it is one on the device of cells [num_blocks, Hkv, per_block, b] and has num_chunks chunks.
+    """
+    require(cells.dim() == 4, f"cells must be [num_blocks, Hkv, per_block, b], got {list(cells.shape)}")
+    require(
+        blocks.dim() == 1 and blocks.dtype in (torch.int32, torch.int64) and blocks.device == cells.device,
+        f"blocks must be int32 or int64 [nb] on {cells.device}, "
+        f"got {blocks.dtype} {list(blocks.shape)} on {blocks.device}",
+    )
+    per_block = cells.shape[2]
+    require(
+        0 <= num_chunks <= len(blocks) * per_block,
+        f"{num_chunks} chunks are not in {len(blocks)} blocks of {per_block}",
+    )
+    return blocks.to(torch.int64).contiguous()
+
+
+def gather_cells(cells: torch.Tensor, blocks: torch.Tensor, num_chunks: int) -> torch.Tensor:
+    """Cells [num_chunks, Hkv, b] of a request's first chunks.
+
+    cells: [num_blocks, Hkv, per_block, b]. blocks: int32 or int64 [nb]; chunk i is blocks[i // per_block],
+    i % per_block.
+    """
+    count = -(-num_chunks // cells.shape[2])
+    return cells[blocks[:count].long()].transpose(1, 2).flatten(0, 1)[:num_chunks]
 
 
 def unsupported(device: torch.device) -> LsaError:

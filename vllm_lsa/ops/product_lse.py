@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from vllm_lsa.ops.native import kernel, require, unsupported
+from vllm_lsa.ops.native import gather_cells, kernel, require, require_blocks, unsupported
 
 CENTROIDS = 256
 _LANES = 4  # query heads that the kernel scores at once
@@ -133,16 +133,7 @@ def product_chunk_logits_paged(
     """
     if q.device.type == "cuda":
         return product_chunk_logits_paged_naive(q, cells, blocks, num_chunks, to_query, centroids, chunk, scale)
-    require(cells.dim() == 4, f"cells must be [num_blocks, Hkv, per_block, M·C], got {list(cells.shape)}")
-    require(
-        blocks.dim() == 1 and blocks.dtype in (torch.int32, torch.int64) and blocks.device == q.device,
-        f"blocks must be int32 or int64 [nb] on {q.device}, got {blocks.dtype} {list(blocks.shape)} on {blocks.device}",
-    )
-    require(
-        0 <= num_chunks <= len(blocks) * cells.shape[2],
-        f"{num_chunks} chunks are not in {len(blocks)} blocks of {cells.shape[2]}",
-    )
-    blocks = blocks.to(torch.int64).contiguous()
+    blocks = require_blocks(blocks, num_chunks, cells)
     return _logits(q, cells, blocks, num_chunks, to_query, centroids, chunk, scale)
 
 
@@ -199,6 +190,5 @@ def product_chunk_logits_paged_naive(
     scale: float,
 ) -> torch.Tensor:
     """Twin of `product_chunk_logits_paged`: gather, then `product_chunk_logits_naive`."""
-    count = -(-num_chunks // cells.shape[2])
-    gathered = cells[blocks[:count].long()].transpose(1, 2).flatten(0, 1)[:num_chunks]
-    return product_chunk_logits_naive(q, gathered, to_query, centroids, chunk, scale)
+    cells = gather_cells(cells, blocks, num_chunks)
+    return product_chunk_logits_naive(q, cells, to_query, centroids, chunk, scale)
