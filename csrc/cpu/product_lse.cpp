@@ -1,4 +1,4 @@
-// The product-quantised key index: its codes, and chunk scores from them; see vllm_lsa/ops/product_lse.py for the cells.
+// The product-quantised key index: its codes, and chunk scores from them; cells as in vllm_lsa/ops/product_lse.py.
 #include <omp.h>
 
 #include <algorithm>
