@@ -37,7 +37,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=find_packages(include=["vllm_lsa", "vllm_lsa.*"]),
+    packages=find_packages(include=["vllm_lsa", "vllm_lsa.*", "indexer_training", "indexer_training.*"]),
     package_data={"vllm_lsa.demo": ["*.txt", "*.md"]},
     ext_modules=[Extension("vllm_lsa.ops._cpu", sources=[])],
     cmdclass={"build_ext": BuildKernels},

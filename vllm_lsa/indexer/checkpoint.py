@@ -42,6 +42,10 @@ def layer_shapes(config: IndexerConfig) -> dict[str, tuple[int, ...]]:
         "q_norm_weight": (config.rank,),
         "weights_proj.weight": (config.heads, config.hidden_size),
     }
+    if config.weights_bias:
+        shapes["weights_bias"] = (config.heads,)
+    if config.usage:
+        shapes |= dict.fromkeys(("usage_gain", "usage_floor", "age_gain"), (config.kv_heads,))
     return shapes | ({"bias": ()} if config.bias else {})
 
 

@@ -15,6 +15,16 @@ KINDS = ("per_layer", "shared")
 AGAIN = "copy the checkpoint again from where it was made, or export it again"
 
 
+class DemandIndex(BaseModel):
+    """The index by which a layer picks chunks with each step's own query, and the file that its tables are in."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["product"] = Field(description="Name of the chunk index.")
+    subspaces: int = Field(ge=1, description="Bytes that a token takes per KV head.")
+    file: str = Field(pattern=r"^[\w-][\w.-]*\.safetensors$", description="Name of the file, beside config.json.")
+
+
 class IndexerConfig(BaseModel):
     """Shapes, rules of use and measured quality of a memory indexer. `layers` orders every per-layer list."""
 
@@ -52,6 +62,17 @@ class IndexerConfig(BaseModel):
     bias: bool = Field(
         default=False, description="Whether every layer has a learned scalar that is added to its logits."
     )
+    weights_bias: bool = Field(
+        default=False, description="Whether a learned constant is added to the weight of each head."
+    )
+    usage: bool = Field(
+        default=False,
+        description="Whether scores per KV head also weigh how much of the last period's attention a chunk had, and "
+        "its age.",
+    )
+    attention_scaling: float = Field(
+        default=1.0, gt=0, description="What RoPE multiplies queries and keys by (YaRN); input query is divided by it."
+    )
     published_rounding: bool = Field(default=False, description="Round queries to bf16 before and after RoPE.")
     chunk_tokens: int = Field(default=16, ge=1, description="Tokens of a chunk.")
     period: int = Field(default=64, ge=1, description="Decode steps that a selection is for.")
@@ -62,6 +83,15 @@ class IndexerConfig(BaseModel):
     budget_shares: dict[str, tuple[float, ...]] = Field(
         default={}, description="Per budget the share of its chunks that each layer keeps."
     )
+    layer_weights: tuple[float, ...] | None = Field(
+        default=None,
+        description="Per layer of the backbone, with a scorer or not, how a budget is spread: 1 is the mean.",
+    )
+    layer_gains: tuple[float, ...] | None = Field(
+        default=None,
+        description="Per layer the measured gain over usage alone, in share of the next window's attention mass.",
+    )
+    demand_index: DemandIndex | None = Field(default=None, description="Index for demand that comes with it.")
     ensemble: Literal["or", "mean"] = Field(
         default="or", description="How layers combine: maximum or mean of their scores."
     )
@@ -86,6 +116,11 @@ class IndexerConfig(BaseModel):
             for budget, values in lists.items():
                 if len(values) not in allowed:
                     raise ValueError(f"{name}[{budget!r}] has {len(values)} values for {len(self.layers)} layers")
+        if self.layer_gains is not None and len(self.layer_gains) != len(self.layers):
+            raise ValueError(f"layer_gains has {len(self.layer_gains)} values for {len(self.layers)} layers")
+        weights = self.layer_weights
+        if weights is not None and (len(weights) <= self.layers[-1] or min(weights) < 0):
+            raise ValueError(f"layer_weights has {len(weights)} values, which must be 0 or more for every layer")
         return self
 
     @classmethod

@@ -3,6 +3,7 @@
 A dual encoder: keys are the backbone's own and frozen, only the query side here is trained.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -27,7 +28,8 @@ class LayerIndexer(nn.Module):
     """The scorer of one layer: H heads, keys of D dimensions, rank R; all weights fp32.
 
     ``logit_n = Σ_h relu(q_h · k_n) w_h + bias`` with ``q = rope(norm(x wq_aᵀ) wq_bᵀ)`` and ``w = x weights_projᵀ
-    D^-½ H^-½``.
+    D^-½ H^-½``; with config.weights_bias, w has a learned constant more. ``head_logits`` is the same for each KV head
+    alone, and knows usage and age of the chunks.
     """
 
     inv_freq: torch.Tensor
@@ -45,6 +47,14 @@ class LayerIndexer(nn.Module):
         self.q_norm_weight = nn.Parameter(torch.ones(config.rank, dtype=torch.float32))
         self.weights_proj = nn.Linear(config.hidden_size, config.heads, bias=False, dtype=torch.float32)
         self.bias = nn.Parameter(torch.zeros((), dtype=torch.float32)) if config.bias else None
+
+        def constants(count: int, value: float, present: bool) -> nn.Parameter | None:
+            return nn.Parameter(torch.full((count,), value, dtype=torch.float32)) if present else None
+
+        self.weights_bias = constants(config.heads, 0.0, config.weights_bias)
+        self.usage_gain = constants(config.kv_heads, 0.7, config.usage)
+        self.usage_floor = constants(config.kv_heads, math.log(1e-4), config.usage)  # its natural logarithm
+        self.age_gain = constants(config.kv_heads, 0.0, config.usage)
         for linear in (self.wq_a, self.wq_b, self.weights_proj):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         self.register_buffer("inv_freq", inv_freq.to(torch.float64, copy=True))
@@ -72,7 +82,8 @@ class LayerIndexer(nn.Module):
             q = rotate(q, positions, self.inv_freq, config.rope)
         if config.rotated_keys if rotated is None else rotated:
             q = hadamard_transform(q)
-        return q, self.weights_proj(hidden) * (config.head_dim * config.heads) ** -0.5
+        weights = self.weights_proj(hidden) * (config.head_dim * config.heads) ** -0.5
+        return q, weights if self.weights_bias is None else weights + self.weights_bias
 
     def forward(
         self, hidden: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, rotated: bool | None = None
@@ -91,6 +102,51 @@ class LayerIndexer(nn.Module):
         logits = [self._score(q, weights, part) for part in keys.split(block, dim=chunk_dim)]
         out = logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
         return out if self.bias is None else out + self.bias
+
+    def head_logits(
+        self,
+        hidden: torch.Tensor,
+        keys: torch.Tensor,
+        positions: torch.Tensor,
+        usage: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits fp32 [B, kv_heads, N] of the chunks for each KV head alone, for sets that are chosen per KV head.
+
+        ``Σ_h relu(q_h · k_n) w_h + bias`` over the head's group, and with usage ``+ usage_gain · log(usage_n + floor)
+        - age_gain · log(counts - n)``, where an age is at least 1; chunks from counts on are not meant to be chosen.
+
+        hidden, positions: see `forward`. keys: any float dtype, [N, kv_heads, D] or [B, N, kv_heads, D]. usage:
+        [B, kv_heads, N], the share of the last period's attention mass that the chunk had, mean over steps and heads.
+        counts: whole chunks that the past has, integers [B]. Both are used only with config.usage. Raises ValueError
+        on a bad shape or dtype, or if only one of the two is given.
+        """
+        config, rows = self.config, hidden.shape[0]
+        if config.kv_heads == 1 and keys.dim() > 2 and keys.shape[-2] == 1:
+            keys = keys.squeeze(-2)
+        require(keys.is_floating_point(), f"keys must be floating point, got {keys.dtype}")
+        self._require_keys(keys, rows)
+        keys = keys.unsqueeze(-2) if config.kv_heads == 1 else keys
+        q, weights = self.query(hidden, positions)
+        group = config.heads // config.kv_heads
+        q, weights = q.unflatten(1, (config.kv_heads, group)), weights.unflatten(1, (config.kv_heads, group))
+        if keys.dim() == 3:  # one product for all rows
+            rows_of_heads = q.transpose(0, 1).flatten(1, 2)  # [kv_heads, B·group, D]
+            products = (rows_of_heads @ keys.float().permute(1, 2, 0)).unflatten(1, (rows, group)).transpose(0, 1)
+        else:
+            products = q @ keys.float().permute(0, 2, 3, 1)
+        out = (weights.unsqueeze(-2) @ products.relu()).squeeze(-2)
+        if self.bias is not None:
+            out = out + self.bias
+        require((usage is None) == (counts is None), "usage and counts must be given together")
+        if usage is None or counts is None or self.usage_gain is None:
+            return out
+        assert self.usage_floor is not None and self.age_gain is not None
+        require(usage.shape == out.shape, f"usage must be {list(out.shape)}, got {list(usage.shape)}")
+        require(counts.shape == (rows,), f"counts must be [{rows}], got {list(counts.shape)}")
+        ages = (counts.unsqueeze(1) - torch.arange(out.shape[-1], device=out.device)).clamp(min=1).float().log()
+        used = (usage.float() + self.usage_floor.exp().unsqueeze(1)).log()
+        return out + self.usage_gain.unsqueeze(1) * used - self.age_gain.unsqueeze(1) * ages.unsqueeze(1)
 
     def _require_keys(self, keys: torch.Tensor, rows: int) -> None:
         config = self.config
