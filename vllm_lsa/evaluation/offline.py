@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 from transformers.masking_utils import AttentionMaskInterface
 
 from vllm_lsa.errors import LsaError
-from vllm_lsa.evaluation.indexes import Exact, KeyIndex
+from vllm_lsa.evaluation.indexes import Exact, KeyIndex, Product
 from vllm_lsa.evaluation.rule import LookaheadInput, SelectionRule, demand_sets, start_set
 from vllm_lsa.indexer import MemoryIndexer
 from vllm_lsa.indexer.rotary import rotate
@@ -123,7 +123,9 @@ class SparseModel:
                 self.path, dtype=dtype, attn_implementation=_ATTENTION, config=config
             )
         except (OSError, ValueError, KeyError) as error:
-            raise LsaError(f"{self.path} cannot be loaded as a causal LM: {str(error).strip().splitlines()[0]}") from None
+            raise LsaError(
+                f"{self.path} cannot be loaded as a causal LM: {str(error).strip().splitlines()[0]}"
+            ) from None
         self.model.to(self.device).eval().requires_grad_(False)
         self._attend: Attend = self._prefill_attention
         self._past = Past(0)
@@ -417,9 +419,9 @@ class _Block:
         assert rule is not None
         rooms = rule.rooms(self.cpu_starts, layer)
         room = rooms.room.to(self.starts.device, non_blocking=True).unsqueeze(1)  # [P, 1, r]
-        usage = self._shared(scale) if rule.sets == "shared" else self._expected(layer, scores, scale)
+        scored = self._shared(scale) if rule.sets == "shared" else self._expected(layer, scores, scale)
         most = 0 if rule.lookahead == "none" else int(rooms.room.max())
-        member = start_set(usage, self.eligible, room[:, 0], most)
+        member = start_set(scored, self.eligible, room[:, 0], most)
         fixed = self.fixed.unsqueeze(1)
         if rule.demand is None or not int(rooms.room.max()):
             return (member > 0).logical_or_(fixed).unsqueeze(3).expand(-1, -1, -1, self.width, -1)
@@ -429,6 +431,7 @@ class _Block:
             prepared = self._prepared(rule.demand, layer)
             logits = rule.demand.chunk_logits(prepared, q6.flatten(2, 4), scale, self.chunk).view(*q6.shape[:-1], -1)
         mass = self._lanes(self._share(logits))  # [P, hs, r, W, N]
+        usage = self._lanes(self._usage(layer, scale)) if rule.carry_usage else scored
         mass = mass.masked_fill_(~self.eligible.unsqueeze(3), -1.0).movedim(3, 0).contiguous()
         keep, picked = demand_sets(
             mass,
@@ -468,28 +471,34 @@ class _Block:
         prepared = self._prepared(index, layer)
         return index.chunk_logits(prepared, queries.flatten(2, 4), scale, self.chunk).view(*queries.shape[:-1], -1)
 
-    def _usage(self, layer: int, scale: float) -> torch.Tensor:
-        """Usage in the last period by the demand index, [P, Hkv, r, N]."""
+    def _usage(self, layer: int, scale: float, mean: bool = False) -> torch.Tensor:
+        """Usage after the last period by the demand index, or by the lookahead's own, [P, Hkv, r, N]."""
         assert self.rule is not None
-        index, period = self.rule.demand or Exact(), self.rule.period
+        index, period = self.rule.demand or self.rule.lookahead_index or Exact(), self.rule.period
+        decay = 1.0 if mean else self.rule.decay
 
         def make() -> torch.Tensor:
-            return self._share(self._before(layer, index, period, scale)).mean(3)
+            shares = self._share(self._before(layer, index, period, scale))  # [P, Hkv, r, period, N]
+            if decay == 1:
+                return shares.mean(3)
+            ages = torch.arange(period - 1, -1, -1, device=shares.device)
+            return (shares * (decay ** ages.float()).unsqueeze(-1)).amax(3)
 
-        return self._cached(("usage", index, period), layer, make)
+        return self._cached(("usage", index, period, decay), layer, make)
 
     def _expected(self, layer: int, scores: torch.Tensor | None, scale: float) -> torch.Tensor:
         """What the lookahead expects of each chunk in the block, [P, 1 or Hkv, r, N]; scores: for the oracle."""
-        rule, lookahead, prompts = self.rule, self.rule and self.rule.lookahead, self.past.prompts
-        assert rule is not None and lookahead is not None
+        rule, prompts = self.rule, self.past.prompts
+        assert rule is not None
+        lookahead = rule.lookahead
         blocks, n = self.valid.shape[1:]
         place = torch.arange(n, device=self.valid.device)
         if lookahead in ("newest", "none"):
             return (place * 1e-9).expand(prompts, 1, blocks, n)
         if lookahead == "random":
             return self._random(layer, place) * 1e-9
-        if lookahead == "usage":
-            return self._lanes(self._usage(layer, scale))
+        if lookahead in ("usage", "usage_mean"):
+            return self._lanes(self._usage(layer, scale, mean=lookahead == "usage_mean"))
         if lookahead == "oracle":
             assert scores is not None
             shares = self._share(scores.unflatten(-1, (-1, self.chunk)).logsumexp(-1))
@@ -507,7 +516,11 @@ class _Block:
             return self._cached((lookahead, rule.sets == "per_head"), layer, make)
         if isinstance(lookahead, MemoryIndexer):
             if layer in lookahead.layers:
-                return self._cached((id(lookahead), id(rule.demand)), layer, lambda: self._trained(layer, lookahead))
+                return self._cached(
+                    (lookahead, rule.lookahead_index, rule.demand, rule.sets),
+                    layer,
+                    lambda: self._trained(layer, lookahead, scale),
+                )
             # A layer that training left out has nothing better than what was used.
             return self._lanes(self._usage(layer, scale)) if rule.demand else (place * 1e-9).expand_as(self.eligible)
         hidden = self._hidden(layer) if self.past.hidden else None
@@ -522,31 +535,42 @@ class _Block:
         return self.past.hidden[layer].gather(1, at.expand(-1, -1, self.past.hidden[layer].shape[-1]))
 
     def _mean_keys(self, layer: int) -> torch.Tensor:
-        """[P, Hkv, N, D], of the true keys, or of those that the demand index knows if the checkpoint says so."""
+        """[P, Hkv, N, D], of the true keys, or of those that a trained lookahead's index knows."""
         rule = self.rule
         assert rule is not None
-        keys = self.past.keys[layer][:, :, : self.n].float()
-        if isinstance(rule.lookahead, MemoryIndexer) and rule.lookahead.config.keys != "mean_key":
-            if rule.demand is None or rule.demand.name != rule.lookahead.config.keys:
-                raise LsaError(f"eval: {rule.lookahead.source} reads {rule.lookahead.config.keys} keys: use that demand")
-            keys = self._prepared(rule.demand, layer)
+        index = rule.lookahead_index
+        if isinstance(rule.lookahead, MemoryIndexer) and isinstance(index, Product):
+            keys = self._prepared(index, layer)
+        else:
+            keys = self.past.keys[layer][:, :, : self.n].float()
         return keys.unflatten(2, (-1, self.chunk)).mean(3)
 
-    def _trained(self, layer: int, indexer: MemoryIndexer) -> torch.Tensor:
+    def _trained(self, layer: int, indexer: MemoryIndexer, scale: float) -> torch.Tensor:
+        """Shares that a trained scorer expects, [P, 1 or Hkv, r, N]."""
+        assert self.rule is not None
         config, scorer = indexer.config, indexer.layer(layer)
-        keys = self._mean_keys(layer)  # [P, Hkv, N, D]
-        keys = keys.transpose(1, 2) if config.kv_heads > 1 else keys.mean(1)
+        per_head = self.rule.sets == "per_head" or config.usage
+        keys = self._mean_keys(layer).transpose(1, 2)  # [P, N, Hkv, D]
+        usage = self._usage(layer, scale).transpose(1, 2) if config.usage else None  # [P, r, Hkv, N]
         out = []
-        for prompt in range(self.past.prompts):
-            last = self.starts[prompt] - 1
+        for prompt, starts in enumerate(self.starts):
+            last = starts - 1
             if config.input == "hidden":
                 x = self._hidden(layer)[prompt]
             else:
                 queries = self.past.queries[layer][prompt, :, last - self.past.queries_from].transpose(0, 1)
-                x = rotate(queries.float(), last, scorer.inv_freq, config.rope, inverse=True).flatten(1)
-            logits = indexer.logits(layer, x, keys[prompt], last)
+                x = rotate(queries.float() / config.attention_scaling, last, scorer.inv_freq, config.rope, inverse=True)
+                x = x.flatten(1)
+            middle = starts + self.rule.period // 2  # where the queries of the block are on average
+            if per_head:
+                used = None if usage is None else usage[prompt]
+                counts = None if usage is None else starts // self.chunk
+                logits = scorer.head_logits(x, keys[prompt], middle, used, counts).transpose(0, 1)
+            else:
+                of_heads = keys[prompt] if config.kv_heads > 1 else keys[prompt].mean(1)
+                logits = indexer.logits(layer, x, of_heads, middle).unsqueeze(0)
             out.append(logits.masked_fill(~self.valid[prompt], -torch.inf).softmax(-1))
-        return torch.stack(out).unsqueeze(1)
+        return self._lanes(torch.stack(out)) if per_head else torch.stack(out)
 
     def _random(self, layer: int, place: torch.Tensor) -> torch.Tensor:
         """Uniform in [0, 1), the same for a start, layer, KV head and chunk however blocks are batched."""

@@ -10,11 +10,11 @@ from typing import Any, Literal, Protocol
 import torch
 
 from vllm_lsa.errors import LsaError
-from vllm_lsa.evaluation.indexes import Exact, KeyIndex, MeanKey, Quest
+from vllm_lsa.evaluation.indexes import Exact, KeyIndex, MeanKey, Product, Quest
 from vllm_lsa.indexer import MemoryIndexer
 
 DECAY = 0.7  # of the usage of a chunk, per step
-LOOKAHEADS = ("newest", "usage", "random", "mean_key", "quest", "oracle", "none")
+LOOKAHEADS = ("newest", "usage", "usage_mean", "random", "mean_key", "quest", "oracle", "none")
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class LookaheadInput:
 
     queries: fp32 [P, Hkv, r, g, 64, D], RoPE applied, of the tokens before each block; query head h is [:, h // g, :,
     h % g]. hidden: [P, r, hidden size], the input of the attention module at the last of these tokens; None unless the
-    past kept it. starts: [P, r], first position of each block. usage: [P, Hkv, r, N], share of the attention mass of
-    each chunk, as the demand index estimates it, averaged over queries and a KV head's query heads. keys: fp32
+    past kept it. starts: [P, r], first position of each block. usage: [P, Hkv, r, N], what demand would have noted
+    by then. keys: fp32
     [P, Hkv, N, D], the mean key of each chunk. valid: bool [P, r, N], full chunks before the block.
     """
 
@@ -32,7 +32,7 @@ class LookaheadInput:
     queries: torch.Tensor
     hidden: torch.Tensor | None
     starts: torch.Tensor
-    usage: torch.Tensor | None
+    usage: torch.Tensor
     keys: torch.Tensor
     valid: torch.Tensor
 
@@ -65,14 +65,21 @@ class SelectionRule:
         A lane's step gets at most so many, those with the largest estimated share of its attention mass, if it is over
         the threshold.
     lookahead
-        What a block starts from. newest; usage: shares of mass by the demand index (the true keys without one),
-        averaged over the last `period` queries; mean_key, quest: by these, for the last query; random; oracle: true
-        shares of the block itself; none: forced chunks alone; a trained MemoryIndexer; or any `Lookahead`.
+        What a block starts from. newest; usage: what it was after the last `period` queries, by the demand index (the
+        true keys without one); usage_mean: their mean share of mass instead; mean_key, quest: by these, for the last
+        query; random; oracle: true shares of the block itself; none: forced chunks alone; a trained MemoryIndexer; or
+        any `Lookahead`.
+    lookahead_keys
+        Of which a trained lookahead reads the mean keys; None for the demand index if that is a product index, else
+        mean keys of its own.
     layer_weights
         A layer's share of the budget that forced chunks leave, against the mean; None for 1 everywhere.
     decay
         Of usage per step: a chunk's usage is the larger of its decayed usage and the step's share of mass. Least used
-        chunks make room for demanded ones.
+        chunks make room for demanded ones. 1 for the mean over the last period at the start of a block.
+    carry_usage
+        Whether usage at the start of a block is what the last period left, as when serving; else the lookahead's
+        scores.
     """
 
     budget: float = 0.135
@@ -85,8 +92,10 @@ class SelectionRule:
     demand_chunks: int = 4
     demand_threshold: float = 0.0
     lookahead: str | MemoryIndexer | Lookahead = "newest"
+    lookahead_keys: KeyIndex | None = None
     layer_weights: tuple[float, ...] | None = None
     decay: float = DECAY
+    carry_usage: bool = True
 
     def __post_init__(self) -> None:
         def need(good: bool, name: str, remedy: str) -> None:
@@ -109,11 +118,11 @@ class SelectionRule:
     def lookahead_index(self) -> KeyIndex | None:
         """The index that the lookahead alone needs, and that takes device bytes for it."""
         if isinstance(self.lookahead, MemoryIndexer):
-            # With keys = "product" a checkpoint says that its mean keys are made from the demand index.
-            return MeanKey() if self.lookahead.config.keys == "mean_key" else None
-        if self.lookahead == "usage":
+            return self.lookahead_keys or (self.demand if isinstance(self.demand, Product) else MeanKey())
+        if self.lookahead in ("usage", "usage_mean"):
             return self.demand or Exact()
-        return {"mean_key": MeanKey(), "quest": Quest()}.get(self.lookahead) if isinstance(self.lookahead, str) else None
+        named: dict[Any, KeyIndex] = {"mean_key": MeanKey(), "quest": Quest()}
+        return named.get(self.lookahead)
 
     def index_share(self, head_dim: int) -> float:
         """Bytes of all its indexes over K and V bytes; equal indexes are stored once."""
@@ -148,6 +157,7 @@ class SelectionRule:
             "demand": self.demand.name if self.demand else None, "demand_chunks": self.demand_chunks,
             "demand_threshold": self.demand_threshold, "lookahead": name,
             "layer_weights": None if self.layer_weights is None else list(self.layer_weights), "decay": self.decay,
+            "carry_usage": self.carry_usage,
         }  # fmt: skip
 
 
