@@ -8,7 +8,8 @@ from vllm_lsa.metrics import METRICS
 UNITS = {
     "budget": "share of chunks", "period": "decode steps", "lead": "decode steps", "threshold": "score",
     "sink_tokens": "tokens", "recency_tokens": "tokens", "chunk_tokens": "tokens", "indexer": "name",
-    "demand_chunks": "chunks", "host_memory_gib": "GiB", "device_pool_gib": "GiB", "device_pool_fraction": "share",
+    "demand_chunks": "chunks", "demand_threshold": "share",
+    "host_memory_gib": "GiB", "device_pool_gib": "GiB", "device_pool_fraction": "share",
 }  # fmt: skip
 
 

@@ -24,9 +24,9 @@ from vllm_lsa.residency.demand import make_demand
 from vllm_lsa.residency.policies import make_policy
 
 
-def every_index(config: LsaConfig, chunk: int, dim: int, dtype: torch.dtype) -> IndexLayout:
+def every_index(config: LsaConfig, chunk: int, dim: int, dtype: torch.dtype, device: torch.device) -> IndexLayout:
     parts = [make_policy(n, chunk, dim, dtype).index for n in ("mean_key", "quest")]
-    parts.append(make_demand("four_bit", 1, chunk, dim, dtype).index)
+    parts.append(make_demand("four_bit", chunk, dim, dtype).index)
     return IndexLayout([part for part in parts if part is not None])
 
 
@@ -37,10 +37,7 @@ def exchange(engine, settings: dict) -> LsaConfig:
     g = engine.geometry
     engine.config = engine.lookahead._config = config
     engine._policy = make_policy(config.indexer, g.chunk_tokens, g.head_dim, g.dtype)
-    engine._demand = engine.attention._demand = make_demand(
-        config.demand, config.demand_chunks, g.chunk_tokens, g.head_dim, g.dtype
-    )
-    engine.attention._ring = config.demand_ring
+    engine._demand = engine.attention._demand = make_demand(config.demand, g.chunk_tokens, g.head_dim, g.dtype)
     engine.lookahead.__init__(config, g, engine.pool, engine.transfers, engine._select, engine._max_requests)
     return config
 
@@ -75,7 +72,7 @@ def main() -> None:
     model.compute_logits = lambda *a, **k: (logits.append(compute(*a, **k).clone()), logits[-1])[1]
     oracle = Oracle(MODEL, engine.geometry.chunk_tokens)
     caches = prefill(oracle, spec["prompts"])
-    layers = engine.geometry.num_layers
+    lanes = engine.geometry.num_lanes
     result = []
     for settings in spec["runs"]:
         llm.llm_engine.step()  # tells the worker that the last request has finished
@@ -86,10 +83,10 @@ def main() -> None:
         for prompt, cache in zip(spec["prompts"], caches, strict=True):
             sets: list[list[set[int]]] = []
 
-            def trace(layer, request, chunks, sets=sets):
-                if layer == 0:
-                    sets.append([set() for _ in range(layers)])
-                sets[-1][layer] = set(chunks.tolist())
+            def trace(lane, request, chunks, sets=sets):
+                if lane == 0:
+                    sets.append([set() for _ in range(lanes)])
+                sets[-1][lane] = set(chunks.tolist())
 
             logits.clear()
             engine.attention.tracer = trace

@@ -31,7 +31,10 @@ class Oracle:
         return cache
 
     def decode(self, cache: Cache, tokens: list[int], sets: list[list[set[int]]]) -> torch.Tensor:
-        """Logits [n, vocabulary] of n tokens that follow the cache. sets[i][layer]: chunks that token i attends to."""
+        """Logits [n, vocabulary] of n tokens that follow the cache.
+
+        sets[i]: the chunks that token i attends to in each layer, or in each KV head of each layer.
+        """
         return self._forward(tokens, cache, [], sets)
 
     def _forward(self, tokens, past, kept, sets) -> torch.Tensor:
@@ -52,9 +55,7 @@ class Oracle:
             if past:
                 mask = torch.arange(len(k))[None] <= positions[:, None]
             if sets is not None:
-                number = torch.arange(len(k)) // self.chunk
-                for i, per_layer in enumerate(sets):
-                    mask[i] &= torch.isin(number, torch.tensor(sorted(per_layer[layer])))
+                mask = self._restrict(mask, sets, layer)
             x = x + self._attend(q, k, v, mask) @ w[p + "self_attn.o_proj.weight"].T
             h = self._norm(x, w[p + "post_attention_layernorm.weight"])
             gate = F.silu(h @ w[p + "mlp.gate_proj.weight"].T) * (h @ w[p + "mlp.up_proj.weight"].T)
@@ -62,6 +63,16 @@ class Oracle:
         if sets is None:
             return x
         return self._norm(x, w["model.norm.weight"]) @ w["model.embed_tokens.weight"].T
+
+    def _restrict(self, causal: torch.Tensor, sets: list[list[set[int]]], layer: int) -> torch.Tensor:
+        """bool [n, t] or, with sets of KV heads, [Hq, n, t]."""
+        heads = len(sets[0]) // self.config.num_hidden_layers
+        keep = torch.zeros(heads, len(sets), -(-causal.shape[1] // self.chunk), dtype=torch.bool)
+        for i, lanes in enumerate(sets):
+            for head in range(heads):
+                keep[head, i, sorted(lanes[layer * heads + head])] = True
+        allowed = causal & keep.repeat_interleave(self.chunk, 2)[:, :, : causal.shape[1]]
+        return allowed[0] if heads == 1 else allowed.repeat_interleave(self.config.num_attention_heads // heads, 0)
 
     def _attend(self, q, k, v, mask) -> torch.Tensor:
         group = q.shape[1] // k.shape[1]

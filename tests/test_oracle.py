@@ -13,6 +13,7 @@ RUNS = [
     {"indexer": "random", "demand": "mean_key"},
     {"indexer": "keep_all", "demand": "off"},
     {"indexer": "mean_key", "demand": "mean_key", "lead": 5},
+    {"indexer": "usage", "demand": "mean_key", "lead": 0},
     {"indexer": "quest", "demand": "four_bit", "sets": "shared", "lead": 0},
 ]
 

@@ -11,12 +11,11 @@ import torch
 
 from vllm_lsa.errors import LsaError
 from vllm_lsa.indexer.base import ChunkIndex
-from vllm_lsa.indexer.mean_key import MeanKeyIndex
 from vllm_lsa.residency.demand import make_demand
 from vllm_lsa.residency.policies import make_policy
 from vllm_lsa.residency.policies.base import ScoreInput
 
-NAMES = ["mean_key", "quest", "recency", "random", "keep_all"]
+NAMES = ["mean_key", "quest", "usage", "recency", "random", "keep_all"]
 QUERY_NAMES = NAMES[:2]
 DIM, CHUNK, KV_HEADS, Q_HEADS = 24, 8, 3, 6
 SCALE = DIM**-0.5
@@ -31,8 +30,8 @@ def make_input(index: ChunkIndex | None, layers: int, chunks: int, spare: int = 
         cells = torch.stack([index.encode(layer) for layer in keys])
         cells[:, chunks:] = 0xFF
     return ScoreInput(
-        query=query, cells=cells, num_chunks=chunks, num_layers=layers, scale=SCALE, mode="or", request_seed=11,
-        cycle=3, device=torch.device("cpu"),
+        query=query, cells=cells, usage=None, num_chunks=chunks, num_layers=layers, layer_lanes=1, position=99,
+        scale=SCALE, mode="or", request_seed=11, cycle=3, device=torch.device("cpu"),
     )  # fmt: skip
 
 
@@ -62,12 +61,18 @@ def test_query_policies_combine_heads(name: str, mode: Literal["or", "mean"], sp
     x = replace(make_input(policy.index, 3, 37, spare), mode=mode)
     scores = policy.score(x)
     assert x.query is not None and x.cells is not None
+    by_head = policy.score(replace(x, layer_lanes=KV_HEADS))
+    assert by_head.shape == (3 * KV_HEADS, 37)
     for layer in range(3):
         shares = head_shares(policy.index, x.query[layer], x.cells[layer, :37])
         for chunk in range(37):
             heads = [float(share) for share in shares[:, chunk]]
             want = max(heads) if mode == "or" else sum(heads) / len(heads)
             assert float(scores[layer, chunk]) == pytest.approx(want, rel=1e-5)
+            for lane in range(KV_HEADS):
+                own = heads[2 * lane : 2 * lane + 2]
+                want = max(own) if mode == "or" else sum(own) / 2
+                assert float(by_head[layer * KV_HEADS + lane, chunk]) == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", QUERY_NAMES)
@@ -94,6 +99,13 @@ def test_recency_prefers_newer() -> None:
     assert (scores.diff(dim=1) > 0).all() and scores.min() > 0 and torch.equal(scores[0], scores[1])
 
 
+def test_usage_goes_by_what_was_used_then_by_age() -> None:
+    policy, x = make_policy("usage", CHUNK, DIM, torch.float32), make_input(None, 1, 5)
+    used = torch.tensor([[0.0, 0.4, 0.0, 0.2, 0.0]])
+    assert policy.score(replace(x, usage=used))[0].argsort(descending=True).tolist() == [1, 3, 4, 2, 0]
+    assert policy.score(x)[0].argsort(descending=True).tolist() == [4, 3, 2, 1, 0]
+
+
 def test_random_is_a_function_of_seed_and_cycle() -> None:
     policy, x = make_policy("random", CHUNK, DIM, torch.float32), make_input(None, 2, 40)
     scores = policy.score(x)
@@ -106,7 +118,7 @@ def test_random_is_a_function_of_seed_and_cycle() -> None:
     code = (
         "import torch; from vllm_lsa.residency.policies import make_policy;"
         "from vllm_lsa.residency.policies.base import ScoreInput;"
-        "x = ScoreInput(None, None, 40, 2, 1.0, 'or', 11, 3, torch.device('cpu'));"
+        "x = ScoreInput(None, None, None, 40, 2, 1, 99, 1.0, 'or', 11, 3, torch.device('cpu'));"
         "print(make_policy('random', 8, 24, torch.float32).score(x).double().sum().item())"
     )
     root = Path(__file__).parent.parent
@@ -114,53 +126,47 @@ def test_random_is_a_function_of_seed_and_cycle() -> None:
     assert float(other) == scores.double().sum().item()
 
 
-def test_unknown_and_trained_indexers(tmp_path: Path) -> None:
-    for name, said in [("best", "is not known"), (str(tmp_path), "not support yet")]:
+def test_unknown_indexers(tmp_path: Path) -> None:
+    for name in ("best", str(tmp_path)):
         with pytest.raises(LsaError) as caught:
             make_policy(name, CHUNK, DIM, torch.float32)
         message = str(caught.value)
-        assert f"lsa.indexer={name!r}" in message and said in message and ", ".join(NAMES) in message
+        assert f"lsa.indexer={name!r} is no policy" in message and ", ".join(NAMES) in message
         assert "\n" not in message
 
 
 # -- demand ---------------------------------------------------------------------------------------------------------
 
 
+def paged(cells: torch.Tensor, blocks: torch.Tensor, per_block: int, num_blocks: int) -> torch.Tensor:
+    """Cells [n, Hkv, b] of a request at the places that its blocks say; 0xFF elsewhere."""
+    memory = torch.full((num_blocks, cells.shape[1], per_block, cells.shape[2]), 0xFF, dtype=torch.uint8)
+    for i, cell in enumerate(cells):
+        memory[blocks[i // per_block], :, i % per_block] = cell
+    return memory
+
+
 @pytest.mark.parametrize("name", ["mean_key", "four_bit"])
-@pytest.mark.parametrize(("chunks", "absent"), [(1, 1), (5, 2), (63, 20), (111, 111), (40, 0)])
-@pytest.mark.parametrize("spare", [0, 3])
-def test_demand_picks_the_heaviest_absent_chunks(name: str, chunks: int, absent: int, spare: int) -> None:
+@pytest.mark.parametrize("chunks", [1, 5, 63, 111])
+@pytest.mark.parametrize("lanes", [1, KV_HEADS])
+def test_demand_is_the_mean_share_of_the_heads_of_a_lane(name: str, chunks: int, lanes: int) -> None:
     torch.manual_seed(chunks)
-    demand = make_demand(name, 4, CHUNK, DIM, torch.float32)
-    assert demand.name == name and demand.chunks == 4 and demand.index is not None
-    x = make_input(demand.index, 1, chunks, spare)
+    demand = make_demand(name, CHUNK, DIM, torch.float32)
+    assert demand.name == name and demand.index is not None
+    x = make_input(demand.index, 1, chunks)
     assert x.query is not None and x.cells is not None
-    candidates = torch.zeros(chunks, dtype=torch.bool)
-    candidates[torch.randperm(chunks)[:absent]] = True
-    picked = demand.pick(x.query[0], x.cells[0], candidates, SCALE)
-    mass = head_shares(demand.index, x.query[0], x.cells[0, :chunks]).sum(0)
-    want = sorted((i for i in range(chunks) if candidates[i]), key=lambda i: -float(mass[i]))[:4]
-    assert picked.dtype == torch.int64 and picked.tolist() == want
-
-
-def test_demand_counts_resident_chunks_in_the_softmax() -> None:
-    """A head whose mass is on a resident chunk has no say about the others."""
-    demand = make_demand("mean_key", 1, CHUNK, 2, torch.float32)
-    assert isinstance(demand.index, MeanKeyIndex)
-    # Chunk 0 is resident. Head 0 is sure of it, and 1 is next for it; head 1 is torn between the others, a bit for 2.
-    keys = torch.tensor([[90.0, 0.0], [50.0, 1.0], [0.0, 1.1]])
-    cells = demand.index.encode(keys[:, None, None].expand(3, 1, CHUNK, 2))
-    assert demand.pick(torch.eye(2), cells, torch.tensor([False, True, True]), 1.0).tolist() == [2]
-    assert demand.pick(torch.eye(2), cells, torch.tensor([True, True, True]), 1.0).tolist() == [0]
+    blocks = torch.randperm(40)[: -(-chunks // 4)]
+    mass = demand.mass(x.query[0], paged(x.cells[0], blocks, 4, 40), blocks, chunks, SCALE, 0, lanes)
+    want = head_shares(demand.index, x.query[0], x.cells[0]).view(lanes, -1, chunks).mean(1)
+    torch.testing.assert_close(mass.double(), want, atol=1e-6, rtol=1e-4)
 
 
 def test_no_demand() -> None:
-    demand = make_demand("off", 4, CHUNK, DIM, torch.float32)
-    assert demand.index is None and demand.chunks == 0
-    nothing = demand.pick(torch.ones(2, DIM), torch.empty(5, 1, 16), torch.ones(5, dtype=torch.bool), 1.0)
-    assert nothing.dtype == torch.int64 and len(nothing) == 0
+    assert make_demand("off", CHUNK, DIM, torch.float32).index is None
 
 
 def test_unknown_demand() -> None:
-    with pytest.raises(LsaError, match="lsa.demand='best' is not known: use one of off, mean_key, four_bit"):
-        make_demand("best", 4, CHUNK, DIM, torch.float32)
+    with pytest.raises(LsaError, match="lsa.demand='best' is not known: use one of off, mean_key, four_bit, product"):
+        make_demand("best", CHUNK, DIM, torch.float32)
+    with pytest.raises(LsaError, match="lsa.demand='product' needs a trained index: set lsa.indexer"):
+        make_demand("product", CHUNK, DIM, torch.float32)

@@ -38,8 +38,8 @@ def test_against_loops(seed: int) -> None:
             if shared and mode == "mean" and seed % 2 == 0:
                 continue
             got = select(
-                scores, budget_chunks=budget, threshold=threshold, sink_chunks=sink, recency_chunks=recency,
-                shared=shared, mode=mode,
+                scores, budget_chunks=torch.full((layers,), budget), threshold=threshold, sink_chunks=sink,
+                recency_chunks=recency, shared=shared, mode=mode,
             )  # fmt: skip
             assert got.dtype == torch.bool and got.is_contiguous()
             assert torch.equal(got, expected(scores, budget, threshold, sink, recency, shared, mode))
@@ -48,7 +48,12 @@ def test_against_loops(seed: int) -> None:
 
 def keep(scores: list[list[float]], **settings: object) -> list[list[int]]:
     defaults: dict[str, object] = dict(
-        budget_chunks=3, threshold=0.0, sink_chunks=0, recency_chunks=0, shared=False, mode="or"
+        budget_chunks=torch.full((len(scores),), 3),
+        threshold=0.0,
+        sink_chunks=0,
+        recency_chunks=0,
+        shared=False,
+        mode="or",
     )
     mask = select(torch.tensor(scores), **(defaults | settings))  # type: ignore[arg-type]
     return [row.nonzero().flatten().tolist() for row in mask]
@@ -61,7 +66,7 @@ def test_threshold_is_strict() -> None:
 
 def test_newer_wins_a_tie() -> None:
     assert keep([[0.5] * 6]) == [[3, 4, 5]]
-    assert keep([[0.5, 0.9, 0.5, 0.5, 0.1]], budget_chunks=2) == [[1, 3]]
+    assert keep([[0.5, 0.9, 0.5, 0.5, 0.1]], budget_chunks=torch.tensor([2])) == [[1, 3]]
 
 
 def test_forced_chunks_outgrow_the_budget() -> None:
@@ -75,9 +80,9 @@ def test_forced_chunks_count_and_are_not_chosen_again() -> None:
 
 def test_shared_sets() -> None:
     scores = [[0.9, 0.5, 0.0], [0.0, 0.6, 0.2]]
-    assert keep(scores, shared=True, budget_chunks=1) == [[0], [0]]
-    assert keep(scores, shared=True, budget_chunks=1, mode="mean") == [[1], [1]]
-    assert keep(scores, budget_chunks=1) == [[0], [1]]
+    assert keep(scores, shared=True, budget_chunks=torch.tensor([1])) == [[0], [0]]
+    assert keep(scores, shared=True, budget_chunks=torch.tensor([1]), mode="mean") == [[1], [1]]
+    assert keep(scores, budget_chunks=torch.tensor([1])) == [[0], [1]]
 
 
 def test_no_chunks() -> None:
@@ -86,3 +91,7 @@ def test_no_chunks() -> None:
 
 def test_nan_is_never_chosen() -> None:
     assert keep([[float("nan"), 0.1, float("nan"), 0.2]]) == [[1, 3]]
+
+
+def test_each_lane_has_its_own_budget() -> None:
+    assert keep([[0.1, 0.2, 0.3], [0.1, 0.2, 0.3]], budget_chunks=torch.tensor([1, 2])) == [[2], [1, 2]]

@@ -15,11 +15,12 @@ from vllm_lsa.ops.merge_states import merge_states
 from vllm_lsa.ops.paged_decode import paged_decode_attention
 from vllm_lsa.residency.demand.base import Demand
 from vllm_lsa.residency.plan import DecodeRow, Row, StepPlan
+from vllm_lsa.residency.replacement import Replacement
 from vllm_lsa.residency.requests import Request
 
 logger = logging.getLogger("vllm_lsa")
 
-Tracer = Callable[[int, Request, np.ndarray], None]
+Tracer = Callable[[int, Request, np.ndarray], None]  # lane, request, chunks
 
 
 class LayerAttention:
@@ -37,7 +38,7 @@ class LayerAttention:
         transfers: Transfers,
         layout: IndexLayout,
         demand: Demand,
-        ring: int,
+        replacement: Replacement,
         queries: torch.Tensor,
     ) -> None:
         self._geometry = geometry
@@ -46,22 +47,24 @@ class LayerAttention:
         self._transfers = transfers
         self._layout = layout
         self._demand = demand
-        self._ring = ring
+        self._replacement = replacement
         self._half = 0
         self.queries = queries
         self.cells: list[torch.Tensor] = []
         self.chunks_demanded = 0
         self.chunks_missed = 0
-        # Called with (layer, request, chunks attended to by this step's token): lets a test replay the sets.
+        # Called with the chunks that this step's token attends to in a lane: lets a test replay the sets.
         self.tracer: Tracer | None = None
 
     def run(
         self, plan: StepPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
     ) -> None:
         """Attention of one layer. q: [t, Hq, D], k, v: [t, Hkv, D] with RoPE applied; writes out [t, Hq, D]."""
-        tokens = plan.num_tokens
-        page = plan.token_page + layer * self._geometry.chunks_per_block
-        self._transfers.write(k[:tokens], v[:tokens], plan.token_offset, plan.token_slot[layer], page)
+        g = self._geometry
+        page = plan.token_page + layer * g.layer_lanes * g.chunks_per_block
+        by_lane = (plan.num_tokens * g.layer_lanes, g.lane_heads, g.head_dim)
+        keys, values = (x[: plan.num_tokens].reshape(by_lane) for x in (k, v))
+        self._transfers.write(keys, values, plan.token_offset, plan.token_slot[layer], page)
         self._index(plan, layer, k)
         if plan.decodes:
             self._decode(plan, layer, q, out)
@@ -71,9 +74,13 @@ class LayerAttention:
 
     def request_cells(self, request: Request, layer: int, num_chunks: int) -> torch.Tensor:
         """Index cells of a request's first chunks in one layer, uint8 [num_chunks, Hkv, cell_bytes]."""
-        count = -(-num_chunks // self._geometry.chunks_per_block)
-        blocks = torch.from_numpy(request.blocks[:count].astype(np.int64)).to(self.queries.device)
+        blocks = self._blocks(request, num_chunks)
         return self.cells[layer][blocks].transpose(1, 2).flatten(0, 1)[:num_chunks]
+
+    def _blocks(self, request: Request, num_chunks: int) -> torch.Tensor:
+        """Blocks of a request's first chunks, int64, on the device."""
+        count = -(-num_chunks // self._geometry.chunks_per_block)
+        return torch.from_numpy(request.blocks[:count].astype(np.int64)).to(self.queries.device)
 
     def _index(self, plan: StepPlan, layer: int, k: torch.Tensor) -> None:
         """Write the cells of the chunks that this step completes."""
@@ -82,52 +89,70 @@ class LayerAttention:
         keys = k[plan.complete_token].transpose(1, 2)
         if len(plan.complete_page):
             keys = torch.cat([keys, self._gather(plan.complete_page, layer)[:, 0]])
-        self.cells[layer][plan.complete_block, :, plan.complete_chunk] = self._layout.encode(keys)
+        self.cells[layer][plan.complete_block, :, plan.complete_chunk] = self._layout.encode(keys, layer)
 
     # -- decode -----------------------------------------------------------------------------------------------------
 
     def _decode(self, plan: StepPlan, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
         queries = q[plan.decode_token]
+        group = self._geometry.layer_lanes
+        lanes = range(layer * group, (layer + 1) * group)
         for i, row in enumerate(plan.decodes):
-            if row.sparse and self._demand.chunks:
-                self._demand_chunks(plan, layer, i, row, queries[i])
+            if row.usage is not None:
+                self._take_in(plan, layer, i, row, queries[i])
             if self.tracer:
-                self.tracer(layer, row.request, row.resident.layer(layer)[0].copy())
+                for lane in lanes:
+                    self.tracer(lane, row.request, row.resident.lane(lane)[0].copy())
         table, counts, first_len = plan.table[layer], plan.counts[layer], plan.first_len[layer]
-        result, lse = paged_decode_attention(queries, self._pool.pages, table, counts, first_len, self._scale)
+        by_lane = queries.view(len(queries) * group, -1, self._geometry.head_dim)
+        result, lse = paged_decode_attention(by_lane, self._pool.pages, table, counts, first_len, self._scale)
         for i, row in enumerate(plan.decodes):
             if row.resident.missing:
-                self._stream_missing(layer, row, queries[i : i + 1], result[i : i + 1], lse[i : i + 1])
-        out[plan.decode_token] = result
+                for n, lane in enumerate(lanes, i * group):
+                    self._stream_missing(lane, row, by_lane[n : n + 1], result[n : n + 1], lse[n : n + 1])
+        out[plan.decode_token] = result.view_as(queries)
 
-    def _demand_chunks(self, plan: StepPlan, layer: int, i: int, row: DecodeRow, query: torch.Tensor) -> None:
-        """Read the chunks this step's own query asks for and make them resident."""
-        full = row.request.num_computed // self._geometry.chunk_tokens
-        held = row.resident.contains(layer, full)
-        if held.all():
+    def _take_in(self, plan: StepPlan, layer: int, i: int, row: DecodeRow, query: torch.Tensor) -> None:
+        """Make the chunks resident that this step's own query asks for, in the place of the least used."""
+        g = self._geometry
+        full = row.request.num_computed // g.chunk_tokens
+        if not full:
             return
-        assert self._demand.index is not None
-        cells = self._layout.part(self.request_cells(row.request, layer, full), self._demand.index)
-        picked = self._demand.pick(query, cells, torch.from_numpy(~held).to(query.device), self._scale).cpu().numpy()
-        self.chunks_demanded += len(picked)
-        pages = self._transfers.store.page_ids(row.request.blocks, picked, layer)
-        entries = row.resident.demanded[layer]
-        for _ in range(max(0, len(entries) + len(picked) - self._ring)):
-            # The ring is full: its oldest chunk leaves, and the last entry of the layer closes the gap.
-            self._pool.release(np.array([row.resident.remove_demanded(layer)], np.int64))
+        assert self._demand.index is not None and row.usage is not None and row.caps is not None
+        group = g.layer_lanes
+        lanes = slice(layer * group, (layer + 1) * group)
+        cells = self._layout.part(self.cells[layer], self._demand.index)
+        blocks = self._blocks(row.request, full)
+        mass = self._demand.mass(query, cells, blocks, full, self._scale, layer, group).cpu().numpy()
+        usage = row.usage.note(lanes, mass)
+        resident, store = row.resident, self._transfers.store
+        chosen = [
+            self._replacement.choose(resident.lane(lane)[0], mass[n], usage[n], int(row.caps[lane]))
+            for n, lane in enumerate(range(lanes.start, lanes.stop))
+        ]
+        leaving = [resident.slots[lane, entries] for lane, (entries, _) in enumerate(chosen, lanes.start)]
+        self._pool.release(np.concatenate(leaving).astype(np.int64))
+        pages = np.concatenate(
+            [store.page_ids(row.request.blocks, picked, lane) for lane, (_, picked) in enumerate(chosen, lanes.start)]
+        )
+        self.chunks_demanded += len(pages)
         slots, fresh = self._pool.acquire(pages)
         self._transfers.fetch(pages[fresh], slots[fresh])
-        row.resident.append_demanded(layer, picked, slots)
-        row_slots = row.resident.layer(layer)[1]
-        row_slots = row_slots[row_slots >= 0]
-        plan.table[layer, i, : len(row_slots)] = torch.from_numpy(row_slots)
-        plan.counts[layer, i] = len(row_slots)
+        start = 0
+        for n, (entries, picked) in enumerate(chosen):
+            resident.swap(lanes.start + n, entries, picked, slots[start : start + len(picked)])
+            start += len(picked)
+            if len(entries) or len(picked):
+                row_slots = resident.lane(lanes.start + n)[1]
+                row_slots = row_slots[row_slots >= 0]
+                plan.table[layer, i * group + n, : len(row_slots)] = torch.from_numpy(row_slots)
+                plan.counts[layer, i * group + n] = len(row_slots)
 
     def _stream_missing(
-        self, layer: int, row: DecodeRow, query: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+        self, lane: int, row: DecodeRow, query: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     ) -> None:
-        """Attend to kept chunks that have no slot, through staging; merges into out [1, Hq, D] and lse [1, Hq]."""
-        chunks, slots = row.resident.layer(layer)
+        """Attend to a lane's kept chunks that have no slot, through staging; merges into out [1, H, D], lse [1, H]."""
+        chunks, slots = row.resident.lane(lane)
         missing = chunks[slots < 0]
         if not len(missing):
             return
@@ -138,7 +163,7 @@ class LayerAttention:
         )
         self.chunks_missed += len(missing)
         size = self._geometry.chunk_tokens
-        pages = self._transfers.store.page_ids(row.request.blocks, missing, layer)
+        pages = self._transfers.store.page_ids(row.request.blocks, missing, lane)
         # The tail is entry 0, so it is first here too when it is among the missing.
         first = row.request.length - row.resident.tail * size if missing[0] == row.resident.tail else size
         for begin in range(0, len(pages), self._tile):
@@ -166,8 +191,9 @@ class LayerAttention:
         size = self._geometry.chunk_tokens
         chunks = np.arange(self._geometry.chunks(past))
         pages = self._transfers.store.page_ids(row.request.blocks, chunks)
-        for begin in range(0, len(pages), self._tile):
-            kv = self._gather(pages[begin : begin + self._tile], layer)
+        tile = self._tile // self._geometry.layer_lanes
+        for begin in range(0, len(pages), tile):
+            kv = self._gather(pages[begin : begin + tile], layer)
             # [T, 2, Hkv, C, D] -> [2, T * C, Hkv, D], without the tokens of this step
             kv = kv.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, : past - begin * size]
             more, more_lse = attend_with_lse(query, kv[0], kv[1], self._scale, causal=False)
@@ -175,18 +201,25 @@ class LayerAttention:
         out[here] = result
 
     def _gather(self, pages: np.ndarray, layer: int) -> torch.Tensor:
-        """Pages [n, 2, Hkv, C, D] of one layer, from their slots or through staging; pages: int64 [n] of layer 0."""
-        pages = pages + self._transfers.store.layer_offset[layer]
+        """K and V [n, 2, Hkv, C, D] of chunks in one layer, from their slots or through staging.
+
+        pages: int64 [n], the chunks' pages in lane 0.
+        """
+        g = self._geometry
+        lanes = self._transfers.store.lane_offset[layer * g.layer_lanes : (layer + 1) * g.layer_lanes]
+        every = (pages[:, None] + lanes).reshape(-1)
         parts = []
-        for begin in range(0, len(pages), self._tile):
-            part = pages[begin : begin + self._tile]
+        for begin in range(0, len(every), self._tile):
+            part = every[begin : begin + self._tile]
             slots = self._pool.lookup(part)
             absent = np.flatnonzero(slots < 0)
             if len(absent):
                 slots[absent] = self._staging(len(absent))
                 self._transfers.stream(part[absent], slots[absent])
             parts.append(self._pool.pages[torch.from_numpy(slots).to(self._pool.pages.device)])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        gathered = parts[0] if len(parts) == 1 else torch.cat(parts)
+        # [n * lanes, 2, heads, C, D] -> [n, 2, lanes * heads, C, D]
+        return gathered.unflatten(0, (len(pages), -1)).transpose(1, 2).flatten(2, 3)
 
     @property
     def _tile(self) -> int:

@@ -6,6 +6,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_lsa.errors import LsaError
+from vllm_lsa.indexer.indexer_config import IndexerConfig
+from vllm_lsa.indexer.trained import find
 from vllm_lsa.memory.geometry import KVGeometry
 
 GIB = 1 << 30
@@ -38,19 +40,30 @@ class LsaConfig(BaseModel):
     chunk_tokens: int = Field(
         16, ge=1, description="Tokens of a chunk, the unit of residency; divides vLLM's block size."
     )
-    sets: Literal["per_layer", "shared"] = Field(
-        "per_layer", description="One resident set per layer, or one set shared by all layers (the paper's rule)."
+    sets: Literal["per_head", "per_layer", "shared"] = Field(
+        "per_head",
+        description="One resident set per KV head of each layer, per layer, or one for all layers (the paper's rule).",
     )
     mode: Literal["or", "mean"] = Field(
         "or", description="How the votes of heads (and of layers, with shared sets) combine: maximum or mean."
     )
     indexer: str = Field(
-        "mean_key", description="What scores the chunks of a request: mean_key, quest, recency, random or keep_all."
+        "mean_key",
+        description="What scores the chunks of a request: mean_key, quest, usage, recency, random or keep_all; or a "
+        "trained checkpoint, by its folder or the name of a shipped one, which also changes the defaults of "
+        "chunk_tokens, recency_tokens and demand to those that it was trained for.",
     )
-    demand: Literal["off", "mean_key", "four_bit"] = Field(
-        "mean_key", description="Index by which a layer picks chunks that are not resident, with each step's own query."
+    demand: Literal["off", "mean_key", "four_bit", "product"] = Field(
+        "mean_key",
+        description="Index by which each step's own query asks for chunks that are not resident; product comes with a "
+        "trained checkpoint.",
     )
-    demand_chunks: int = Field(4, ge=1, description="Chunks a layer may demand per decode step.")
+    demand_chunks: int = Field(
+        8, ge=1, description="Chunks that may enter a resident set per decode step, in the place of the least used."
+    )
+    demand_threshold: float = Field(
+        0.002, ge=0, lt=1, description="Share of a step's attention mass that a chunk must exceed to be demanded."
+    )
     host_memory_gib: float | None = Field(
         None,
         gt=0,
@@ -82,8 +95,22 @@ class LsaConfig(BaseModel):
             config = cls.model_validate(dict(raw))
         except ValidationError as error:
             raise LsaError("; ".join(_explain(e) for e in error.errors())) from None
+        config = config._with_checkpoint()
         config._check()
         return config
+
+    def _with_checkpoint(self) -> "LsaConfig":
+        """Fields that were not set take the values that a trained indexer was made for."""
+        folder = find(self.indexer)
+        if folder is None:
+            return self
+        trained = IndexerConfig.read(folder / "config.json")
+        defaults: dict[str, Any] = {"chunk_tokens": trained.chunk_tokens, "period": trained.period}
+        if trained.demand_index is not None:
+            # With demand the newest chunks need not be held in advance (docs/log.md, 2026-11-24).
+            defaults |= {"demand": "product", "recency_tokens": 32}
+        unset = {name: value for name, value in defaults.items() if name not in self.model_fields_set}
+        return self.model_copy(update=unset)
 
     def _check(self) -> None:
         if self.lead >= self.period:
@@ -108,10 +135,9 @@ class LsaConfig(BaseModel):
     def recency_chunks(self) -> int:
         return self.recency_tokens // self.chunk_tokens
 
-    @property
-    def demand_ring(self) -> int:
-        """Demanded chunks that a layer keeps until the next cycle; the oldest makes room for the newest."""
-        return 0 if self.demand == "off" else 4 * self.demand_chunks
+    def layer_lanes(self, num_kv_heads: int) -> int:
+        """Resident sets of a layer."""
+        return num_kv_heads if self.sets == "per_head" else 1
 
     def host_blocks(self, geometry: KVGeometry, max_model_len: int, ranks: int) -> int:
         """Blocks of one rank's host store, vLLM's null block included. Raises LsaError if one request does not fit."""
@@ -129,7 +155,7 @@ class LsaConfig(BaseModel):
 
     def pool_slots(self, geometry: KVGeometry, host_blocks: int) -> int:
         """Slots of one rank's device pool. Raises LsaError if the forced chunks of one request do not fit."""
-        pages = host_blocks * geometry.chunks_per_block * geometry.num_layers
+        pages = host_blocks * geometry.chunks_per_block * geometry.num_lanes
         if self.device_pool_gib is not None:
             slots, named = (
                 int(self.device_pool_gib * GIB) // geometry.page_bytes,
@@ -138,7 +164,7 @@ class LsaConfig(BaseModel):
         else:
             fraction = 0.16 if self.device_pool_fraction is None else self.device_pool_fraction
             slots, named = int(pages * fraction), f"device_pool_fraction={fraction}"
-        least = geometry.num_layers * (self.sink_chunks + self.recency_chunks + 1)
+        least = geometry.num_lanes * (self.sink_chunks + self.recency_chunks + 1)
         if slots < least:
             raise LsaError(
                 f"lsa.{named} gives {slots} slots, but sink_tokens={self.sink_tokens} + recency_tokens="

@@ -8,6 +8,7 @@ import torch
 from vllm_lsa.attention import LayerAttention
 from vllm_lsa.config import LsaConfig
 from vllm_lsa.indexer.layout import IndexLayout
+from vllm_lsa.indexer.trained import Trained, find, load
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.memory.host_store import HostStore
 from vllm_lsa.memory.slot_pool import SlotPool
@@ -19,17 +20,28 @@ from vllm_lsa.residency.plan import Row, StepPlan
 from vllm_lsa.residency.planner import plan_step
 from vllm_lsa.residency.policies import make_policy
 from vllm_lsa.residency.policies.base import ScoreInput
+from vllm_lsa.residency.replacement import Replacement
 from vllm_lsa.residency.requests import Request, RequestMirror, StepUpdate
 from vllm_lsa.residency.selection import select
+from vllm_lsa.residency.usage import Usage
 
-# Pages in the staging area; its halves take turns, so a tile of streamed history is half of it.
-STAGING_PAGES = 512
+# Tokens of one layer in the staging area; its halves take turns, so a tile of streamed history is half of it.
+STAGING_TOKENS = 8192
 
 
-def index_layout(config: LsaConfig, chunk_tokens: int, head_dim: int, dtype: torch.dtype) -> IndexLayout:
+def load_trained(config: LsaConfig, device: torch.device) -> Trained | None:
+    """The checkpoint that `indexer` names, None if it names a policy. Raises LsaError in one line."""
+    folder = find(config.indexer)
+    return None if folder is None else load(folder, str(device))
+
+
+def index_layout(
+    config: LsaConfig, chunk_tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> IndexLayout:
     """The index cell that the configured policy and demand need, shared where they use the same index."""
-    policy = make_policy(config.indexer, chunk_tokens, head_dim, dtype)
-    demand = make_demand(config.demand, config.demand_chunks, chunk_tokens, head_dim, dtype)
+    trained = load_trained(config, device)
+    policy = make_policy(config.indexer, chunk_tokens, head_dim, dtype, trained)
+    demand = make_demand(config.demand, chunk_tokens, head_dim, dtype, trained)
     return IndexLayout([index for index in (policy.index, demand.index) if index is not None])
 
 
@@ -59,12 +71,14 @@ class LsaEngine:
         self._prompts: dict[str, int] = {}
         self._max_requests = max_requests
         self._poison = config.check == "poison"
-        self._policy = make_policy(config.indexer, geometry.chunk_tokens, geometry.head_dim, geometry.dtype)
-        self._demand = make_demand(
-            config.demand, config.demand_chunks, geometry.chunk_tokens, geometry.head_dim, geometry.dtype
-        )
-        self.layout = index_layout(config, geometry.chunk_tokens, geometry.head_dim, geometry.dtype)
-        self.pool = SlotPool(geometry, num_slots, STAGING_PAGES, device, self._poison)
+        kind = (geometry.chunk_tokens, geometry.head_dim, geometry.dtype)
+        trained = load_trained(config, device)
+        self._policy = make_policy(config.indexer, *kind, trained)
+        self._demand = make_demand(config.demand, *kind, trained)
+        self._layer_weights = None if trained is None else trained.config.layer_weights
+        self.layout = index_layout(config, *kind, device)
+        staging = STAGING_TOKENS // geometry.chunk_tokens * geometry.layer_lanes
+        self.pool = SlotPool(geometry, num_slots, staging, device, self._poison)
         self._queries = torch.zeros(
             max_requests,
             geometry.num_layers,
@@ -92,12 +106,23 @@ class LsaEngine:
             self.transfers,
             self.layout,
             self._demand,
-            self.config.demand_ring,
+            Replacement(
+                self.config.demand_chunks,
+                self.config.demand_threshold,
+                self.config.sink_chunks,
+                self.config.recency_chunks,
+            ),
             self._queries,
         )
         self.attention.cells = list(cells)
         self.lookahead = LookaheadScheduler(
-            self.config, self.geometry, self.pool, self.transfers, self._select, self._max_requests
+            self.config,
+            self.geometry,
+            self.pool,
+            self.transfers,
+            self._select,
+            self._max_requests,
+            self._layer_weights,
         )
         self.close_step()  # pool and store have their sizes on /metrics before the first request
 
@@ -127,7 +152,7 @@ class LsaEngine:
             start += length
         self.lookahead.prepare(placed)
         return plan_step(
-            placed, self.lookahead, self.geometry, self.store, self.pool, self.config.demand_ring, self._device
+            placed, self.lookahead, self.geometry, self.store, self.pool, self.config.demand_chunks, self._device
         )
 
     def attend(
@@ -142,7 +167,7 @@ class LsaEngine:
         chunks = sum(geometry.chunks(request.length) for request in self.mirror.requests.values())
         cell = geometry.num_layers * geometry.num_kv_heads * self.layout.cell_bytes
         return (
-            chunks * geometry.num_layers * geometry.page_bytes,
+            chunks * geometry.num_lanes * geometry.page_bytes,
             self.lookahead.num_resident * geometry.page_bytes,
             chunks * cell,
         )
@@ -184,7 +209,9 @@ class LsaEngine:
         if self._metrics is not None:
             self._metrics.close()
 
-    def _select(self, request: Request, row: int, num_chunks: int, budget_chunks: int, cycle: int) -> np.ndarray:
+    def _select(
+        self, request: Request, row: int, num_chunks: int, budget_chunks: np.ndarray, cycle: int, usage: Usage | None
+    ) -> np.ndarray:
         config, policy = self.config, self._policy
         cells = query = None
         if policy.index is not None:
@@ -197,8 +224,11 @@ class LsaEngine:
             ScoreInput(
                 query=query,
                 cells=cells,
+                usage=None if usage is None else torch.from_numpy(usage.of(num_chunks)).to(self._device),
                 num_chunks=num_chunks,
                 num_layers=self.geometry.num_layers,
+                layer_lanes=self.geometry.layer_lanes,
+                position=request.num_computed,
                 scale=self._scale,
                 mode=config.mode,
                 request_seed=request.seed,
@@ -208,7 +238,7 @@ class LsaEngine:
         )
         mask = select(
             scores,
-            budget_chunks=budget_chunks,
+            budget_chunks=torch.from_numpy(budget_chunks),
             threshold=config.threshold,
             sink_chunks=config.sink_chunks,
             recency_chunks=config.recency_chunks,

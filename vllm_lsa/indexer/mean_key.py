@@ -17,6 +17,9 @@ class MeanKeyIndex(LinearIndex):
     def cell_bytes(self) -> int:
         return self.head_dim * self.dtype.itemsize
 
+    def mean_keys(self, cells: torch.Tensor, layer: int) -> torch.Tensor:
+        return cells.view(self.dtype).float()
+
     def summary(self, keys: torch.Tensor) -> torch.Tensor:
         return keys.mean(2, dtype=torch.float32)
 

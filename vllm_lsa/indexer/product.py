@@ -143,6 +143,14 @@ class ProductIndex(ChunkIndex):
     def cell_bytes(self) -> int:
         return self.tables.subspaces * self.chunk_tokens
 
+    def mean_keys(self, cells: torch.Tensor, layer: int) -> torch.Tensor:
+        t = self.tables
+        codes = cells.unflatten(-1, (t.subspaces, self.chunk_tokens)).long()  # [N, Hkv, M, C]
+        heads = torch.arange(t.kv_heads, device=cells.device)[:, None, None]
+        parts = t.centroids[layer][heads, torch.arange(t.subspaces, device=cells.device)[:, None], codes]
+        coded = parts.mean(3).flatten(2)  # [N, Hkv, D]
+        return torch.einsum("nhe,hde->nhd", coded, t.to_query[layer].transpose(1, 2)) + t.mean[layer]
+
     def encode(self, keys: torch.Tensor, layer: int = 0) -> torch.Tensor:
         t = self.tables
         return product_lse.encode_product(keys, t.to_code[layer], t.mean[layer], t.centroids[layer])

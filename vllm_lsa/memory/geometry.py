@@ -1,8 +1,8 @@
 """Sizes of the KV cache: one place for the arithmetic of blocks, chunks and pages.
 
-A *block* is vLLM's unit of allocation (``block_tokens`` tokens, all layers); a *chunk* is LSA's unit of
-residency (``chunk_tokens`` tokens of one layer); a *page* is the memory of one chunk in one layer,
-``[2, num_kv_heads, chunk_tokens, head_dim]`` with K at index 0 and V at index 1. Pages look the same in both
+A *block* is vLLM's unit of allocation (``block_tokens`` tokens, all layers); a *chunk* is ``chunk_tokens`` tokens. A
+*lane* is what has a resident set of its own: a layer, or one KV head of a layer. A *page* is the memory of one chunk in
+one lane, ``[2, lane_heads, chunk_tokens, head_dim]`` with K at index 0 and V at index 1. Pages look the same in both
 tiers, so moving one is a plain copy.
 """
 
@@ -16,7 +16,8 @@ class KVGeometry:
     """Shape of the KV cache of one rank.
 
     num_layers, num_kv_heads, num_q_heads: counts on this rank. head_dim: elements of one head. dtype: of K and V.
-    block_tokens: tokens in a vLLM block. chunk_tokens: tokens in a chunk; divides block_tokens.
+    block_tokens: tokens in a vLLM block. chunk_tokens: tokens in a chunk; divides block_tokens. layer_lanes: lanes of
+    each layer, 1 or num_kv_heads; lane i of layer l is number ``l * layer_lanes + i``.
     """
 
     num_layers: int
@@ -26,6 +27,7 @@ class KVGeometry:
     dtype: torch.dtype
     block_tokens: int
     chunk_tokens: int
+    layer_lanes: int = 1
 
     def __post_init__(self) -> None:
         if self.block_tokens % self.chunk_tokens:
@@ -33,24 +35,36 @@ class KVGeometry:
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads={self.num_kv_heads} does not divide num_q_heads={self.num_q_heads}")
 
+        if self.layer_lanes not in (1, self.num_kv_heads):
+            raise ValueError(f"layer_lanes={self.layer_lanes} is neither 1 nor num_kv_heads={self.num_kv_heads}")
+
+    @property
+    def num_lanes(self) -> int:
+        return self.num_layers * self.layer_lanes
+
+    @property
+    def lane_heads(self) -> int:
+        """KV heads of a lane."""
+        return self.num_kv_heads // self.layer_lanes
+
     @property
     def chunks_per_block(self) -> int:
         return self.block_tokens // self.chunk_tokens
 
     @property
     def page_shape(self) -> tuple[int, int, int, int]:
-        """Shape of one page: ``(2, num_kv_heads, chunk_tokens, head_dim)``."""
-        return (2, self.num_kv_heads, self.chunk_tokens, self.head_dim)
+        """Shape of one page: ``(2, lane_heads, chunk_tokens, head_dim)``."""
+        return (2, self.lane_heads, self.chunk_tokens, self.head_dim)
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one chunk in one layer, K and V."""
-        return 2 * self.num_kv_heads * self.chunk_tokens * self.head_dim * self.dtype.itemsize
+        """Bytes of one chunk in one lane, K and V."""
+        return 2 * self.lane_heads * self.chunk_tokens * self.head_dim * self.dtype.itemsize
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block in the host store: K and V of all layers."""
-        return self.num_layers * self.chunks_per_block * self.page_bytes
+        return self.num_lanes * self.chunks_per_block * self.page_bytes
 
     @property
     def token_bytes(self) -> int:

@@ -10,16 +10,16 @@ from vllm_lsa.memory.geometry import KVGeometry
 
 
 class HostStore:
-    """Paged K/V of every block, ``pages`` of shape ``[num_blocks * layers * chunks_per_block, 2, Hkv, C, D]``.
+    """Paged K/V of every block, ``pages`` of shape ``[num_blocks * lanes * chunks_per_block, 2, H, C, D]``.
 
-    The page of (block b, layer l, chunk c of the block) is row ``(b * layers + l) * chunks_per_block + c``. With
+    The page of (block b, lane l, chunk c of the block) is row ``(b * lanes + l) * chunks_per_block + c``. With
     ``pin``, the memory is page-locked so that a CUDA device can copy from it asynchronously.
     """
 
     def __init__(self, geometry: KVGeometry, num_blocks: int, pin: bool = False) -> None:
         self.geometry = geometry
         self.num_blocks = num_blocks
-        self.num_pages = num_blocks * geometry.num_layers * geometry.chunks_per_block
+        self.num_pages = num_blocks * geometry.num_lanes * geometry.chunks_per_block
         self.pages = torch.empty(self.num_pages, *geometry.page_shape, dtype=geometry.dtype)
         if pin:
             # Registered in place: torch's pinned allocator rounds up to a power of two. Memory that is freed while it
@@ -33,22 +33,22 @@ class HostStore:
                 )
             weakref.finalize(self, runtime.cudaHostUnregister, address)
         self._blocks = self.pages.view(num_blocks, -1)
-        # Page of layer 0 plus this is the page of layer l.
-        self.layer_offset = np.arange(geometry.num_layers, dtype=np.int64) * geometry.chunks_per_block
+        # Page of lane 0 plus this is the page of lane l.
+        self.lane_offset = np.arange(geometry.num_lanes, dtype=np.int64) * geometry.chunks_per_block
 
-    def page_ids(self, blocks: np.ndarray, chunks: np.ndarray, layers: int | np.ndarray = 0) -> np.ndarray:
-        """Pages of a request's chunks, each in the layer given for it (or all in one).
+    def page_ids(self, blocks: np.ndarray, chunks: np.ndarray, lanes: int | np.ndarray = 0) -> np.ndarray:
+        """Pages of a request's chunks, each in the lane given for it (or all in one).
 
         blocks: int [num_blocks of the request], its block ids in order. chunks: int [n], chunk numbers in the request.
-        layers: a layer, or int [n]. Returns int64 [n]; for another layer add the difference in ``layer_offset``.
+        lanes: a lane, or int [n]. Returns int64 [n]; for another lane add the difference in ``lane_offset``.
         """
         per_block = self.geometry.chunks_per_block
         block = blocks[chunks // per_block].astype(np.int64)
-        return block * (self.geometry.num_layers * per_block) + chunks % per_block + self.layer_offset[layers]
+        return block * (self.geometry.num_lanes * per_block) + chunks % per_block + self.lane_offset[lanes]
 
     def block_pages(self, blocks: np.ndarray) -> np.ndarray:
-        """All pages of the blocks, int64 [len(blocks) * layers * chunks_per_block]."""
-        per_row = self.geometry.num_layers * self.geometry.chunks_per_block
+        """All pages of the blocks, int64 [len(blocks) * lanes * chunks_per_block]."""
+        per_row = self.geometry.num_lanes * self.geometry.chunks_per_block
         return (blocks.astype(np.int64)[:, None] * per_row + np.arange(per_row)).reshape(-1)
 
     def copy_block(self, source: int, target: int) -> None:

@@ -64,8 +64,9 @@ class LsaBackend(AttentionBackend):
         """Replace K and V by one index cell per chunk and KV head; the block count follows the host store."""
         if not isinstance(spec, FullAttentionSpec):
             raise LsaError(f"--attention-backend LSA cannot serve a {type(spec).__name__} cache: use another backend")
-        config = Runtime.latest().config
-        layout = index_layout(config, config.chunk_tokens, spec.head_size, spec.dtype)
+        runtime = Runtime.latest()
+        config = runtime.config
+        layout = index_layout(config, config.chunk_tokens, spec.head_size, spec.dtype, runtime.device)
         return replace(spec, tokens_per_state=config.chunk_tokens, state_content_bytes=layout.cell_bytes)
 
 

@@ -51,6 +51,10 @@ class Runtime:
         self._layers: dict[str, int] = {}
         self._runner: Any = None
 
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.vllm_config.device_config.device or "cpu")
+
     # -- memory -----------------------------------------------------------------------------------------------------
 
     def allocate_pool(self, impl: Any) -> None:
@@ -73,6 +77,7 @@ class Runtime:
             dtype=next(iter(layers.values())).kv_cache_torch_dtype,
             block_tokens=self.vllm_config.cache_config.block_size,
             chunk_tokens=self.config.chunk_tokens,
+            layer_lanes=self.config.layer_lanes(impl.num_kv_heads),
         )
         self.host_blocks = host_blocks(self.vllm_config, self.config, geometry)
         slots = self.config.pool_slots(geometry, self.host_blocks)
@@ -84,7 +89,7 @@ class Runtime:
             impl.scale,
             slots,
             self.vllm_config.scheduler_config.max_num_seqs,
-            torch.device(self.vllm_config.device_config.device or "cpu"),
+            self.device,
             MetricsWriter(plugin_metrics.directory(), name),
         )
         logger.info(

@@ -1,14 +1,17 @@
 """Refuses at start-up, in one line, what the LSA backend cannot do (yet)."""
 
+from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_lsa.config import GIB, LsaConfig
-from vllm_lsa.engine import index_layout
+from vllm_lsa.engine import index_layout, load_trained
 from vllm_lsa.errors import LsaError
+from vllm_lsa.indexer.checkpoint import fingerprint, fingerprint_of
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.plugin import compat
 from vllm_lsa.plugin import metrics as plugin_metrics
@@ -93,7 +96,8 @@ def check(vllm_config: VllmConfig) -> LsaConfig:
             f"--model {model.model}: a head size of {geometry.head_dim} is not a multiple of 16, which the kernels of "
             "--attention-backend LSA need: choose another model or backend"
         )
-    index_layout(config, geometry.chunk_tokens, geometry.head_dim, geometry.dtype)
+    index_layout(config, geometry.chunk_tokens, geometry.head_dim, geometry.dtype, torch.device("cpu"))
+    _check_backbone(vllm_config, config, geometry)
     blocks = host_blocks(vllm_config, config, geometry)
     config.pool_slots(geometry, blocks)
     need = blocks * geometry.block_bytes * vllm_config.parallel_config.world_size / GIB
@@ -115,15 +119,32 @@ def geometry_of(vllm_config: VllmConfig, config: LsaConfig) -> KVGeometry:
         raise LsaError(
             f"lsa.chunk_tokens={config.chunk_tokens} does not divide --block-size {block}: choose a divisor of it"
         )
+    heads = model.get_num_kv_heads(parallel)
     return KVGeometry(
         num_layers=model.get_num_layers(parallel),
         num_q_heads=model.get_num_attention_heads(parallel),
-        num_kv_heads=model.get_num_kv_heads(parallel),
+        num_kv_heads=heads,
         head_dim=model.get_head_size(),
         dtype=model.dtype,
         block_tokens=block,
         chunk_tokens=config.chunk_tokens,
+        layer_lanes=config.layer_lanes(heads),
     )
+
+
+def _check_backbone(vllm_config: VllmConfig, config: LsaConfig, geometry: KVGeometry) -> None:
+    """Raises LsaError if `indexer` is a checkpoint of another model, or if ranks hold only some of its heads."""
+    trained = load_trained(config, torch.device("cpu"))
+    if trained is None:
+        return
+    model, folder = vllm_config.model_config, Path(vllm_config.model_config.model)
+    known = fingerprint_of(folder) if folder.is_dir() else fingerprint(model.hf_config.to_dict())
+    trained.indexer.require_backbone(known)
+    if trained.config.kv_heads != geometry.num_kv_heads or len(trained.config.layers) != geometry.num_layers:
+        raise LsaError(
+            f"lsa.indexer={config.indexer!r} is for whole models: it does not work with tensor or pipeline parallelism "
+            "yet: use one rank, or a training-free indexer"
+        )
 
 
 def host_blocks(vllm_config: VllmConfig, config: LsaConfig, geometry: KVGeometry) -> int:

@@ -1,5 +1,6 @@
 """The lookahead scheduler: who keeps everything, who keeps a selected set, and when the sets change."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,13 +13,16 @@ from vllm_lsa.memory.transfers import Ticket, Transfers
 from vllm_lsa.residency.plan import Row
 from vllm_lsa.residency.requests import Request
 from vllm_lsa.residency.resident_set import ResidentSet
+from vllm_lsa.residency.usage import Usage
 
 
 class Selector(Protocol):
     """Chooses the chunks of a request for its next cycle."""
 
-    def __call__(self, request: Request, row: int, num_chunks: int, budget_chunks: int, cycle: int) -> np.ndarray:
-        """bool [layers, num_chunks], True for the full chunks to keep."""
+    def __call__(
+        self, request: Request, row: int, num_chunks: int, budget_chunks: np.ndarray, cycle: int, usage: Usage | None
+    ) -> np.ndarray:
+        """bool [lanes, num_chunks], True for the full chunks to keep. budget_chunks: int64 [lanes]."""
 
 
 @dataclass
@@ -41,9 +45,10 @@ class _Pending:
 class _State:
     """Residency of one request. `whole` requests keep every chunk; the others what the last cycle selected."""
 
-    def __init__(self, layers: int, row: int) -> None:
-        self.set = ResidentSet(layers)
+    def __init__(self, lanes: int, row: int) -> None:
+        self.set = ResidentSet(lanes)
         self.row = row
+        self.usage: Usage | None = None
         self.whole = True
         self.selected = False
         self.pending: _Pending | None = None
@@ -54,22 +59,34 @@ class LookaheadScheduler:
 
     While the chunks of all live requests fit in the pool, each keeps all of its own. Once they do not, the largest
     requests fall back to their budget, one after the other, until the rest fits. A request on a budget selects every
-    `period` decode steps (paper section on lookahead; lsa.md §4) and its set is fixed in between, apart from the new
-    chunks it writes itself and those it demands.
+    `period` decode steps (paper section on lookahead; lsa.md §4). In between its set changes only by the new chunks it
+    writes itself and, with demand, by those that a step's own query asks for in the place of the least used.
     """
 
     def __init__(
-        self, config: LsaConfig, geometry: KVGeometry, pool: SlotPool, transfers: Transfers, select: Selector, rows: int
+        self,
+        config: LsaConfig,
+        geometry: KVGeometry,
+        pool: SlotPool,
+        transfers: Transfers,
+        select: Selector,
+        rows: int,
+        layer_weights: Sequence[float] | None = None,
     ) -> None:
+        """layer_weights: how the budget is shared out over layers, mean 1; None for equal shares."""
         self._config = config
         self._geometry = geometry
         self._pool = pool
         self._transfers = transfers
         self._select = select
         self._budget = 1.0 if config.indexer == "keep_all" else config.budget
-        # Chunks a request on a budget adds to its set between two selections.
-        self._growth = -(-(config.period + config.lead) // geometry.chunk_tokens)
-        self._forced = config.sink_chunks + config.recency_chunks + 1 + self._growth + config.demand_ring
+        self._demands = config.demand != "off"
+        # Chunks a lane on a budget adds between two selections; with demand each makes room for itself.
+        growth = -(-(config.period + config.lead) // geometry.chunk_tokens)
+        self._growth = config.demand_chunks if self._demands else growth
+        self._forced = config.sink_chunks + config.recency_chunks + 1 + self._growth
+        weights = np.ones(geometry.num_layers) if layer_weights is None else np.array(layer_weights)
+        self._weights = weights.repeat(geometry.layer_lanes)
         self._free_rows = list(range(rows - 1, -1, -1))
         self._states: dict[Request, _State] = {}
         self.counts = LookaheadCounts()
@@ -86,8 +103,14 @@ class LookaheadScheduler:
         """The request's row in per-request device buffers."""
         return self._states[request].row
 
-    def is_sparse(self, request: Request) -> bool:
-        return not self._states[request].whole
+    def usage(self, request: Request) -> Usage | None:
+        """What demand notes for a request on a budget; None for the others, which demand nothing."""
+        state = self._states[request]
+        return None if state.whole or not self._demands else state.usage
+
+    def caps(self, request: Request) -> np.ndarray | None:
+        """Chunks that each lane of a request on a budget may hold, int64 [lanes]; None for the others."""
+        return None if self._states[request].whole else self._caps(self._geometry.chunks(request.length))
 
     def leave(self, request: Request) -> None:
         """Give back everything a request holds."""
@@ -111,7 +134,7 @@ class LookaheadScheduler:
         """Bring every row's resident set to where this step needs it."""
         for row in rows:
             if row.request not in self._states:
-                self._states[row.request] = _State(self._geometry.num_layers, self._free_rows.pop())
+                self._states[row.request] = _State(self._geometry.num_lanes, self._free_rows.pop())
         self._settle()
         # Tails first: a tail without a slot is read from the host at every step.
         for row in sorted(rows, key=lambda r: r.length):
@@ -122,13 +145,14 @@ class LookaheadScheduler:
 
     # -- who keeps everything ---------------------------------------------------------------------------------------
 
-    def _cap(self, num_chunks: int) -> int:
-        """Chunks per layer that a request on a budget may keep."""
-        return min(num_chunks, max(int(self._budget * num_chunks), self._forced))
+    def _caps(self, num_chunks: int) -> np.ndarray:
+        """Chunks that each lane may keep, int64 [lanes]: what is forced, and its share of what the budget leaves."""
+        spare = max(0, int(self._budget * num_chunks) - self._forced)
+        return np.minimum(num_chunks, self._forced + (spare * self._weights).astype(np.int64))
 
     def _footprint(self, request: Request, whole: bool, ahead: int = 0) -> int:
         chunks = self._geometry.chunks(request.length + ahead)
-        return self._geometry.num_layers * (chunks if whole else self._cap(chunks))
+        return self._geometry.num_lanes * chunks if whole else int(self._caps(chunks).sum())
 
     def _settle(self) -> None:
         total = sum(self._footprint(request, state.whole) for request, state in self._states.items())
@@ -140,6 +164,7 @@ class LookaheadScheduler:
             if saved:
                 state.whole = False
                 state.selected = False
+                state.usage = state.usage or Usage(self._geometry.num_lanes)
                 total -= saved
                 # What it gives back stays cached: its next selection finds what nobody took in between.
                 self._keep_tail_only(state)
@@ -152,7 +177,7 @@ class LookaheadScheduler:
 
     def _keep_tail_only(self, state: _State) -> None:
         old = state.set
-        state.set = ResidentSet(self._geometry.num_layers)
+        state.set = ResidentSet(self._geometry.num_lanes)
         if old.tail >= 0:
             state.set.extend(np.array([old.tail]), old.slots[:, :1])
             old.slots[:, 0] = -1
@@ -171,12 +196,12 @@ class LookaheadScheduler:
             # Prefill of a request on a budget: its history is read from the host store, only the tail stays.
             first = last
             self._pool.release(state.set.all_slots())
-            state.set = ResidentSet(self._geometry.num_layers)
+            state.set = ResidentSet(self._geometry.num_lanes)
         chunks = np.arange(first, last + 1)
         state.set.extend(chunks, self._acquire(request, chunks))
 
     def _acquire(self, request: Request, chunks: np.ndarray) -> np.ndarray:
-        """Slots int64 [layers, n] for chunks of all layers; those with tokens from earlier steps are fetched."""
+        """Slots int64 [lanes, n] for chunks of all lanes; those with tokens from earlier steps are fetched."""
         pages = self._pages(request, chunks)
         slots, fresh = self._pool.acquire(pages.reshape(-1))
         written = np.broadcast_to(chunks * self._geometry.chunk_tokens < request.num_computed, pages.shape).reshape(-1)
@@ -188,7 +213,7 @@ class LookaheadScheduler:
 
     def _pages(self, request: Request, chunks: np.ndarray) -> np.ndarray:
         store = self._transfers.store
-        return store.page_ids(request.blocks, chunks)[None, :] + store.layer_offset[:, None]
+        return store.page_ids(request.blocks, chunks)[None, :] + store.lane_offset[:, None]
 
     # -- cycles -----------------------------------------------------------------------------------------------------
 
@@ -210,13 +235,13 @@ class LookaheadScheduler:
         """Select a set and start fetching what it lacks. When not `ahead`, the old set is given back first."""
         full = request.num_computed // self._geometry.chunk_tokens
         if self._fits_whole(request):
-            mask = np.ones((self._geometry.num_layers, full), bool)
+            mask = np.ones((self._geometry.num_lanes, full), bool)
         else:
-            reserved = 1 + self._growth + self._config.demand_ring
-            budget = int(self._budget * (full + 1)) - (reserved if self._budget < 1 else 0)
-            mask = self._select(request, state.row, full, max(budget, 0), cycle)
-        layers, chunks = np.nonzero(mask)
-        pages = self._transfers.store.page_ids(request.blocks, chunks, layers)
+            reserved = (1 if self._demands else 1 + self._growth) if self._budget < 1 else 0
+            budget = np.maximum(self._caps(full + 1) - reserved, 0)
+            mask = self._select(request, state.row, full, budget, cycle, state.usage)
+        lanes, chunks = np.nonzero(mask)
+        pages = self._transfers.store.page_ids(request.blocks, chunks, lanes)
         slots = self._pool.retain(pages)
         if not ahead:
             self._release_full(state)
@@ -234,32 +259,33 @@ class LookaheadScheduler:
         """Make a chosen set the resident one: tail, chosen chunks, and what became full since the choice."""
         old = state.set
         since = np.arange(pending.mask.shape[1], old.tail)
-        new = ResidentSet(self._geometry.num_layers, int(pending.mask.sum(1).max(initial=0)) + len(since) + 2)
+        new = ResidentSet(self._geometry.num_lanes, int(pending.mask.sum(1).max(initial=0)) + len(since) + 2)
         new.extend(np.array([old.tail]), old.slots[:, :1])
         old.slots[:, 0] = -1
-        for layer in range(self._geometry.num_layers):
-            new.append(layer, pending.chunks[layer], pending.slots[layer])
+        for lane in range(self._geometry.num_lanes):
+            new.append(lane, pending.chunks[lane], pending.slots[lane])
             if len(since):
-                chunks, slots = old.layer(layer)
-                entries = [int(np.flatnonzero(chunks == chunk)[0]) for chunk in since]
-                new.append(layer, since, slots[entries])
+                chunks, slots = old.lane(lane)
+                # With demand, a chunk written since may have left again.
+                entries = np.flatnonzero(np.isin(chunks, since))
+                new.append(lane, chunks[entries], slots[entries])
                 slots[entries] = -1
         self._release_full(state)
         self._transfers.wait(pending.ticket)
         state.set = new
         state.pending = None
         state.selected = True
-        state.whole = bool(pending.mask.all()) and self._fits_whole(request)
+        state.whole = bool((new.counts == new.tail + 1).all()) and self._fits_whole(request)
 
     def _refill(self, request: Request, resident: ResidentSet) -> None:
         """Give slots to kept chunks that had none, as far as the pool has become free."""
         used = np.arange(resident.slots.shape[1]) < resident.counts[:, None]
-        layers, entries = np.nonzero(used & (resident.slots < 0))
-        chunks = resident.chunks[layers, entries]
-        pages = self._transfers.store.page_ids(request.blocks, chunks, layers)
+        lanes, entries = np.nonzero(used & (resident.slots < 0))
+        chunks = resident.chunks[lanes, entries]
+        pages = self._transfers.store.page_ids(request.blocks, chunks, lanes)
         slots, fresh = self._pool.acquire(pages)
         self._transfers.fetch(pages[fresh], slots[fresh])
-        resident.slots[layers, entries] = slots
+        resident.slots[lanes, entries] = slots
         resident.missing = int((slots < 0).sum())
 
     def _release_full(self, state: _State) -> None:

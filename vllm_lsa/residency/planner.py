@@ -19,12 +19,12 @@ def plan_step(
     spare: int,
     device: torch.device,
 ) -> StepPlan:
-    """Lay out one step after `LookaheadScheduler.prepare`. spare: entries of each table row for demanded chunks."""
+    """Lay out one step after `LookaheadScheduler.prepare`. spare: entries of each table row for chunks to come."""
     num_tokens = rows[-1].start + rows[-1].length if rows else 0
-    size, layers = geometry.chunk_tokens, geometry.num_layers
+    size, lanes, layers, group = geometry.chunk_tokens, geometry.num_lanes, geometry.num_layers, geometry.layer_lanes
     offset = np.zeros(num_tokens, np.int32)
     page = np.full(num_tokens, -1, np.int64)
-    slot = np.full((layers, num_tokens), -1, np.int32)
+    slot = np.full((lanes, num_tokens), -1, np.int32)
     decodes: list[DecodeRow] = []
     decode_token: list[int] = []
     prefills: list[Row] = []
@@ -38,7 +38,7 @@ def plan_step(
         here = slice(row.start, row.start + row.length)
         chunks = np.arange(positions[0] // size, positions[-1] // size + 1)
         pages = store.page_ids(request.blocks, chunks)
-        slots = pool.lookup(pages[None, :] + store.layer_offset[:, None])
+        slots = pool.lookup(pages[None, :] + store.lane_offset[:, None])
         which = positions // size - chunks[0]
         offset[here] = positions % size
         page[here] = pages[which]
@@ -55,15 +55,17 @@ def plan_step(
         begun_page.append(pages[: len(done)][partial])
 
         if lookahead.is_decode(request):
-            decodes.append(DecodeRow(request, lookahead.resident(request), lookahead.is_sparse(request)))
+            decodes.append(
+                DecodeRow(request, lookahead.resident(request), lookahead.usage(request), lookahead.caps(request))
+            )
             decode_token.append(row.start)
         else:
             prefills.append(row)
 
     width = max((int(d.resident.counts.max()) for d in decodes), default=0) + spare
-    table = np.full((layers, len(decodes), width), -1, np.int32)
-    counts = np.zeros((layers, len(decodes)), np.int32)
-    first_len = np.full((layers, len(decodes)), size, np.int32)
+    table = np.full((lanes, len(decodes), width), -1, np.int32)
+    counts = np.zeros((lanes, len(decodes)), np.int32)
+    first_len = np.full((lanes, len(decodes)), size, np.int32)
     for i, decode in enumerate(decodes):
         resident = decode.resident
         used = int(resident.counts.max())
@@ -77,17 +79,23 @@ def plan_step(
     addresses = np.concatenate(complete + begun) if rows else np.empty((0, 2), np.int64)
 
     def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    def by_layer(array: np.ndarray) -> torch.Tensor:
+        """[lanes, n, …] to [layers, n * group, …]."""
+        split = array.reshape(layers, group, *array.shape[1:])
+        return tensor(split.swapaxes(1, 2).reshape(layers, -1, *array.shape[2:]))
 
     return StepPlan(
-        token_offset=tensor(offset),
-        token_page=torch.from_numpy(page),
-        token_slot=tensor(slot),
+        num_tokens=num_tokens,
+        token_offset=tensor(offset.repeat(group)),
+        token_page=torch.from_numpy((page[:, None] + store.lane_offset[:group]).reshape(-1)),
+        token_slot=by_layer(slot),
         decodes=decodes,
         decode_token=tensor(np.array(decode_token, np.int64)),
-        table=tensor(table),
-        counts=tensor(counts),
-        first_len=tensor(first_len),
+        table=by_layer(table),
+        counts=by_layer(counts),
+        first_len=by_layer(first_len),
         prefills=prefills,
         complete_token=tensor((starts[:, None] + np.arange(size)).astype(np.int64)),
         complete_block=tensor(addresses[:, 0].astype(np.int64)),
@@ -99,11 +107,11 @@ def plan_step(
 
 
 def _leave_out_missing(table: np.ndarray, counts: np.ndarray, first_len: np.ndarray, chunk_tokens: int) -> None:
-    """Close up the entries that have no slot; attention streams those chunks. In place, one request, all layers."""
-    for layer in np.flatnonzero((table < 0).any(1) & (counts > 0)):
-        slots = table[layer, : counts[layer]].copy()
+    """Close up the entries that have no slot; attention streams those chunks. In place, one request, all lanes."""
+    for lane in np.flatnonzero((table < 0).any(1) & (counts > 0)):
+        slots = table[lane, : counts[lane]].copy()
         kept = slots[slots >= 0]
         if slots[0] < 0:
-            first_len[layer] = chunk_tokens
-        table[layer, : len(kept)] = kept
-        counts[layer] = len(kept)
+            first_len[lane] = chunk_tokens
+        table[lane, : len(kept)] = kept
+        counts[lane] = len(kept)

@@ -1,4 +1,4 @@
-"""Which chunks of one request are resident, per layer, and in which slots: the rows that attention kernels read."""
+"""Which chunks of one request are resident, per lane, and in which slots: the rows that attention kernels read."""
 
 import numpy as np
 
@@ -6,41 +6,39 @@ NO_SLOT = -1
 
 
 class ResidentSet:
-    """Per-layer lists of (chunk, slot).
+    """Per-lane lists of (chunk, slot).
 
-    Entry 0 of every layer is the tail: the chunk that new tokens go to. The other entries are full chunks in no
+    Entry 0 of every lane is the tail: the chunk that new tokens go to. The other entries are full chunks in no
     particular order (RoPE is in the keys, so attention does not ask for one). A slot of -1 says that the chunk is kept
     but the pool had no room: attention streams it from the host store.
 
-    chunks, slots: int32 [layers, width]. counts: int32 [layers], entries in use.
+    chunks, slots: int32 [lanes, width]. counts: int32 [lanes], entries in use.
     """
 
-    def __init__(self, num_layers: int, width: int = 16) -> None:
-        self.chunks = np.full((num_layers, width), -1, np.int32)
-        self.slots = np.full((num_layers, width), NO_SLOT, np.int32)
-        self.counts = np.zeros(num_layers, np.int32)
+    def __init__(self, num_lanes: int, width: int = 16) -> None:
+        self.chunks = np.full((num_lanes, width), -1, np.int32)
+        self.slots = np.full((num_lanes, width), NO_SLOT, np.int32)
+        self.counts = np.zeros(num_lanes, np.int32)
         self.tail = -1
-        # Demanded chunks, oldest first, per layer.
-        self.demanded: list[list[int]] = [[] for _ in range(num_layers)]
         # Kept chunks without a slot. When 0, attention need not look for them.
         self.missing = 0
 
     @property
     def num_resident(self) -> int:
-        """Slots that this set pins, over all layers."""
+        """Slots that this set pins, over all lanes."""
         return int(self.counts.sum()) - self.missing
 
-    def layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """(chunks, slots) in use in a layer, tail first."""
-        count = self.counts[layer]
-        return self.chunks[layer, :count], self.slots[layer, :count]
+    def lane(self, lane: int) -> tuple[np.ndarray, np.ndarray]:
+        """(chunks, slots) in use in a lane, tail first."""
+        count = self.counts[lane]
+        return self.chunks[lane, :count], self.slots[lane, :count]
 
     def all_slots(self) -> np.ndarray:
         """Every slot the set pins (and -1 for what has none)."""
         return self.slots[np.arange(self.slots.shape[1]) < self.counts[:, None]].astype(np.int64)
 
     def extend(self, chunks: np.ndarray, slots: np.ndarray) -> None:
-        """Add the newest chunks, ascending int [n], in slots int [layers, n]. The last one becomes the tail; the old
+        """Add the newest chunks, ascending int [n], in slots int [lanes, n]. The last one becomes the tail; the old
         tail, now full, stays in the set."""
         older, older_slots = chunks[:-1], slots[:, :-1]
         if self.tail >= 0:
@@ -59,38 +57,30 @@ class ResidentSet:
         self.slots[:, 0] = slots[:, -1]
         self.missing += int((slots < 0).sum())
 
-    def append(self, layer: int, chunks: np.ndarray, slots: np.ndarray) -> None:
-        """Add full chunks to a layer."""
-        count, added = int(self.counts[layer]), len(chunks)
+    def append(self, lane: int, chunks: np.ndarray, slots: np.ndarray) -> None:
+        """Add full chunks to a lane."""
+        count, added = int(self.counts[lane]), len(chunks)
         self._reserve(count + added)
-        self.chunks[layer, count : count + added] = chunks
-        self.slots[layer, count : count + added] = slots
-        self.counts[layer] = count + added
+        self.chunks[lane, count : count + added] = chunks
+        self.slots[lane, count : count + added] = slots
+        self.counts[lane] = count + added
         self.missing += int((slots < 0).sum())
 
-    def append_demanded(self, layer: int, chunks: np.ndarray, slots: np.ndarray) -> None:
-        """Add chunks that leave again, oldest first, through `remove_demanded`."""
-        self.append(layer, chunks, slots)
-        self.demanded[layer].extend(chunks.tolist())
-
-    def remove_demanded(self, layer: int) -> int:
-        """Take out the chunk demanded longest ago; the layer's last entry closes the gap. Returns its slot."""
-        chunk = self.demanded[layer].pop(0)
-        last = int(self.counts[layer]) - 1
-        entry = int(np.flatnonzero(self.chunks[layer, : last + 1] == chunk)[0])
-        slot = int(self.slots[layer, entry])
-        self.chunks[layer, entry] = self.chunks[layer, last]
-        self.slots[layer, entry] = self.slots[layer, last]
-        self.counts[layer] = last
-        self.missing -= int(slot < 0)
-        return slot
-
-    def contains(self, layer: int, num_chunks: int) -> np.ndarray:
-        """bool [num_chunks], True for the chunks in the layer's set."""
-        mask = np.zeros(num_chunks, bool)
-        chunks = self.chunks[layer, : self.counts[layer]]
-        mask[chunks[chunks < num_chunks]] = True
-        return mask
+    def swap(self, lane: int, entries: np.ndarray, chunks: np.ndarray, slots: np.ndarray) -> None:
+        """Put full chunks in the place of entries int [e] of a lane (never the tail's); the numbers may differ."""
+        self.missing -= int((self.slots[lane, entries] < 0).sum())
+        both = min(len(entries), len(chunks))
+        self.chunks[lane, entries[:both]] = chunks[:both]
+        self.slots[lane, entries[:both]] = slots[:both]
+        self.missing += int((slots[:both] < 0).sum())
+        if both < len(entries):
+            count = int(self.counts[lane])
+            kept = np.delete(np.arange(count), entries[both:])
+            self.chunks[lane, : len(kept)] = self.chunks[lane, kept]
+            self.slots[lane, : len(kept)] = self.slots[lane, kept]
+            self.counts[lane] = len(kept)
+        elif both < len(chunks):
+            self.append(lane, chunks[both:], slots[both:])
 
     def _reserve(self, width: int) -> None:
         have = self.chunks.shape[1]

@@ -9,34 +9,38 @@ from vllm_lsa.indexer.base import ChunkIndex
 
 
 class Demand(ABC):
-    """Picks the chunks that a layer reads besides its resident set in one decode step."""
+    """Estimates, for the query of one decode step, what each chunk is worth to each lane of a layer.
+
+    What a lane then takes in is `residency.replacement`'s to decide.
+    """
 
     name: ClassVar[str]
     index: ChunkIndex | None
-    chunks: int
-    """Most chunks picked per layer and step; 0 if this never picks any."""
 
     @abstractmethod
-    def pick(self, query: torch.Tensor, cells: torch.Tensor, candidates: torch.Tensor, scale: float) -> torch.Tensor:
-        """Chunk ids int64 [<= chunks], best first; fewer where there are fewer candidates.
+    def mass(
+        self, query: torch.Tensor, cells: torch.Tensor, blocks: torch.Tensor, num_chunks: int, scale: float, layer: int,
+        lanes: int,
+    ) -> torch.Tensor:  # fmt: skip
+        """Shares of attention mass fp32 [lanes, num_chunks], each row adding up to 1: the mean of the lane's heads.
 
-        query: [Hq, D], this step's, RoPE applied. cells: uint8 [>= N, Hkv, b], cells of `index`; those past N are not
-        read. candidates: bool [N], True for chunks that are not resident. scale: of q·k in the softmax.
+        query: [Hq, D], this step's, RoPE applied. cells: uint8 [num_blocks, Hkv, chunks_per_block, b], cells of
+        `index`; blocks: int64 [>= those of num_chunks], the request's. scale: of q·k in the softmax. lanes: of a layer.
         """
 
 
 class IndexedDemand(Demand):
-    """Ranks chunks by the attention mass they would get: summed over query heads, each a softmax over all N chunks."""
+    """Each head's shares are a softmax of what the index estimates for the request's full chunks."""
 
     index_type: ClassVar[type[ChunkIndex]]
     index: ChunkIndex
 
-    def __init__(self, chunks: int, chunk_tokens: int, head_dim: int, dtype: torch.dtype) -> None:
-        self.chunks = chunks
+    def __init__(self, chunk_tokens: int, head_dim: int, dtype: torch.dtype) -> None:
         self.index = self.index_type(chunk_tokens, head_dim, dtype)
 
-    def pick(self, query: torch.Tensor, cells: torch.Tensor, candidates: torch.Tensor, scale: float) -> torch.Tensor:
-        logits = self.index.chunk_logits(query, cells[: len(candidates)], scale)
-        mass = logits.softmax(-1).sum(0).masked_fill(~candidates, -1)
-        best = mass.topk(min(self.chunks, len(candidates)))
-        return best.indices[best.values >= 0]
+    def mass(
+        self, query: torch.Tensor, cells: torch.Tensor, blocks: torch.Tensor, num_chunks: int, scale: float, layer: int,
+        lanes: int,
+    ) -> torch.Tensor:  # fmt: skip
+        logits = self.index.paged_logits(query, cells, blocks, num_chunks, scale, layer)
+        return logits.softmax(-1).unflatten(0, (lanes, -1)).mean(1)

@@ -6,11 +6,13 @@ from vllm_lsa.residency.demand.base import Demand
 
 
 class NoDemand(Demand):
-    """Picks nothing."""
+    """Estimates nothing."""
 
     name = "off"
     index = None
-    chunks = 0
 
-    def pick(self, query: torch.Tensor, cells: torch.Tensor, candidates: torch.Tensor, scale: float) -> torch.Tensor:
-        return torch.empty(0, dtype=torch.int64, device=candidates.device)
+    def mass(
+        self, query: torch.Tensor, cells: torch.Tensor, blocks: torch.Tensor, num_chunks: int, scale: float, layer: int,
+        lanes: int,
+    ) -> torch.Tensor:  # fmt: skip
+        raise RuntimeError("demand is off")

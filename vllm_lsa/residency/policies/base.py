@@ -15,19 +15,30 @@ class ScoreInput:
 
     query: [L, Hq, D], the last token's query per layer, RoPE applied; None unless the policy needs it.
     cells: uint8 [L, >= N, Hkv, b], cells of the policy's own index; None if it has none. Those past N are not read.
-    num_layers: L. num_chunks: N, the request's full chunks. scale: of q·k in the softmax. mode: how heads combine.
+    usage: fp32 [lanes, N], what demand noted of each chunk lately (see `residency.usage`); None without demand, and all
+    zeros before the first step.
+    num_layers: L. layer_lanes: lanes of a layer, G; all lanes are L·G. num_chunks: N, the request's full chunks.
+    position: tokens computed so far, that is the position of the next token. scale: of q·k in the softmax. mode:
+    how heads combine.
     request_seed: the same for a request in every process. cycle: counts the request's selections.
     """
 
     query: torch.Tensor | None
     cells: torch.Tensor | None
+    usage: torch.Tensor | None
     num_chunks: int
     num_layers: int
+    layer_lanes: int
+    position: int
     scale: float
     mode: Literal["or", "mean"]
     request_seed: int
     cycle: int
     device: torch.device
+
+    @property
+    def num_lanes(self) -> int:
+        return self.num_layers * self.layer_lanes
 
 
 class LookaheadPolicy(ABC):
@@ -44,4 +55,4 @@ class LookaheadPolicy(ABC):
 
     @abstractmethod
     def score(self, x: ScoreInput) -> torch.Tensor:
-        """Scores fp32 [L, N] in [0, 1] on x.device."""
+        """Scores fp32 [lanes, N] in [0, 1] on x.device."""

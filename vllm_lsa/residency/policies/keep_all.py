@@ -11,4 +11,4 @@ class KeepAllPolicy(LookaheadPolicy):
     name = "keep_all"
 
     def score(self, x: ScoreInput) -> torch.Tensor:
-        return torch.ones(x.num_layers, x.num_chunks, device=x.device)
+        return torch.ones(x.num_lanes, x.num_chunks, device=x.device)

@@ -13,4 +13,4 @@ class RandomPolicy(LookaheadPolicy):
 
     def score(self, x: ScoreInput) -> torch.Tensor:
         generator = np.random.default_rng([x.request_seed % 2**64, x.cycle])
-        return torch.from_numpy(generator.random((x.num_layers, x.num_chunks), np.float32)).to(x.device)
+        return torch.from_numpy(generator.random((x.num_lanes, x.num_chunks), np.float32)).to(x.device)

@@ -12,4 +12,4 @@ class RecencyPolicy(LookaheadPolicy):
 
     def score(self, x: ScoreInput) -> torch.Tensor:
         newest = torch.arange(1, x.num_chunks + 1, dtype=torch.float32, device=x.device) / x.num_chunks
-        return newest.repeat(x.num_layers, 1)
+        return newest.repeat(x.num_lanes, 1)

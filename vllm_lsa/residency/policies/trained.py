@@ -1,0 +1,46 @@
+"""Lookahead by a trained memory indexer (arXiv 2606.09079), mixed with what was used lately."""
+
+import torch
+
+from vllm_lsa.indexer.mean_key import MeanKeyIndex
+from vllm_lsa.indexer.product import ProductIndex
+from vllm_lsa.indexer.rotary import rotate
+from vllm_lsa.indexer.trained import Trained
+from vllm_lsa.residency.policies.base import LookaheadPolicy, ScoreInput
+from vllm_lsa.residency.policies.usage import UsagePolicy
+
+
+class TrainedPolicy(LookaheadPolicy):
+    """Score: the share of attention mass that the indexer expects of a chunk over the next cycle.
+
+    Each KV head's shares are a softmax over the chunks. Layers for which training kept no scorer go by their usage.
+    """
+
+    name = "trained"
+    needs_query = True
+
+    def __init__(self, chunk_tokens: int, head_dim: int, dtype: torch.dtype, trained: Trained) -> None:
+        super().__init__(chunk_tokens, head_dim, dtype)
+        self.index: ProductIndex | MeanKeyIndex
+        if trained.tables is None:
+            self.index = MeanKeyIndex(chunk_tokens, head_dim, dtype)
+        else:
+            self.index = ProductIndex(chunk_tokens, head_dim, dtype, trained.tables)
+        self._indexer = trained.indexer
+        self._rest = UsagePolicy(chunk_tokens, head_dim, dtype)
+
+    def score(self, x: ScoreInput) -> torch.Tensor:
+        assert x.query is not None and x.cells is not None
+        scores = self._rest.score(x).unflatten(0, (x.num_layers, x.layer_lanes))
+        usage = None if x.usage is None else x.usage.unflatten(0, (x.num_layers, x.layer_lanes))
+        last = torch.tensor([x.position - 1], device=x.device)
+        for layer in self._indexer.layers:
+            scorer = self._indexer.layer(layer)
+            config = scorer.config
+            query = rotate(x.query[layer][None].float(), last, scorer.inv_freq, config.rope, inverse=True).flatten(1)
+            keys = self.index.mean_keys(x.cells[layer, : x.num_chunks], layer)
+            seen = None if usage is None else usage[layer].expand(config.kv_heads, -1)[None]
+            logits = scorer.head_logits(query, keys, last + 1 + config.period // 2, usage=seen)
+            shares = logits[0].softmax(-1).unflatten(0, (x.layer_lanes, -1))
+            scores[layer] = shares.amax(1) if x.mode == "or" else shares.mean(1)
+        return scores.flatten(0, 1)
