@@ -1,4 +1,4 @@
-"""The model that an indexer is for: its shape from config.json alone, and loaded by transformers with attention ours."""
+"""The model that an indexer is for: its shape from config.json alone, and loaded, with its attention handed to us."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -80,6 +80,14 @@ def unsuited(config: Mapping[str, Any]) -> str:
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
+def quiet() -> None:
+    """No bars and warnings of transformers between ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 @dataclass(frozen=True)
 class Rotary:
     """How a loaded model turns queries and keys."""
@@ -102,10 +110,8 @@ class Backbone:
         """Raises LsaError in one line if transformers cannot load it or rotates in a way that is not known here."""
         import torch
         from transformers import AttentionInterface, AutoModel
-        from transformers.utils import logging
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        quiet()
         AttentionInterface.register(ATTENTION, self._attention)
         try:
             self.model = AutoModel.from_pretrained(
@@ -147,7 +153,7 @@ class Backbone:
         layers = layers or [m for m in self.model.modules() if hasattr(m, "layer_idx") and hasattr(m, "qkv_proj")]
         embedding = getattr(self.model, "rotary_emb", None)
         if embedding is None or len(layers) != config.num_hidden_layers:
-            raise LsaError(f"--model {folder}: its attention layers or its RoPE are not where they are known to be: {OTHER}")
+            raise LsaError(f"--model {folder}: its attention or its RoPE is not of a kind that is known here: {OTHER}")
         inv_freq = embedding.inv_freq.detach().double().cpu()
         scaling = float(getattr(embedding, "attention_scaling", 1.0))
         dims = 2 * len(inv_freq)

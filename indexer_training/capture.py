@@ -4,8 +4,8 @@ Makes capture/window_*.safetensors. L layers, S cycles, N chunks, F = heads · h
 
     query          fp16 [L, S, F]        the layer's own last query before the cycle, without RoPE
     keys           fp16 [L, N, Hkv, D]   mean key of each chunk, with RoPE
-    next_index, next_mass, next_rest     `Masses` [L, S, Hkv, ..]: share of the attention of the window from there on
-    last_index, last_mass, last_rest     the same for usage in the period before it
+    next_chunk, next_mass, next_rest     `Masses` [L, S, Hkv, ..]: share of the attention of the window from there on
+    last_chunk, last_mass, last_rest     the same for usage in the period before it
     query_moment   fp32 [L, Hkv, D, D]   mean of q qᵀ over tokens and the group's heads
     key_sum        fp32 [L, Hkv, D]
     key_sample     fp16 [L, Hkv, n, D]   keys of random tokens
@@ -48,13 +48,13 @@ class Recorder:
         record = {**self._masses(q, k, scale), **self._moments(q, k, layer)}
         ends = torch.tensor(self.settings.starts, device=q.device) - 1
         last = q[:, ends].transpose(0, 1) / self.rotary.scaling
-        record["query"] = rotate(last, ends, self.rotary.inv_freq[layer].to(q.device), self.rope, inverse=True).flatten(1).half()
+        speeds = self.rotary.inv_freq[layer].to(q.device)
+        record["query"] = rotate(last, ends, speeds, self.rope, inverse=True).flatten(1).half()
         record["keys"] = k.unflatten(1, (-1, self.settings.chunk_tokens)).mean(2).transpose(0, 1).half()
         self.layers.append({name: x.cpu() for name, x in record.items()})
-        out = F.scaled_dot_product_attention(
-            query[None], key[None], value[None], is_causal=True, scale=scale, enable_gqa=True
-        )
-        return out[0]
+        # Repeated, since the kernels that do not hold all scores take no grouped heads in fp32.
+        key, value = (x.repeat_interleave(len(query) // len(key), 0) for x in (key, value))
+        return F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True, scale=scale)[0]
 
     def _masses(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> dict[str, torch.Tensor]:
         s = self.settings
@@ -86,7 +86,7 @@ class Recorder:
         kv_heads, tokens, dim = k.shape
         grouped = q.reshape(kv_heads, -1, dim)
         count = min(tokens, -(-s.key_sample // s.documents))
-        generator = torch.Generator().manual_seed(hash((s.seed, self.window, layer)) & 0x7FFFFFFF)
+        generator = torch.Generator().manual_seed((s.seed * 10007 + self.window) * 1009 + layer)
         chosen = torch.randperm(tokens, generator=generator)[:count].to(k.device)
         return {
             "query_moment": grouped.transpose(1, 2) @ grouped / grouped.shape[1],

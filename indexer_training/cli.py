@@ -64,7 +64,7 @@ def _in_fork(step: str, out: Path, settings: Any) -> int:
         except KeyboardInterrupt:
             code = 130
         except BaseException:
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+            sys.excepthook(*sys.exc_info())
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

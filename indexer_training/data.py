@@ -49,7 +49,7 @@ def excerpt(documents: Sequence[Document], first: int, length: int, encoder: Enc
         tokens += encoder.encode(("\n\n" if i else "") + text[:longest])
         if len(tokens) >= length:
             return tokens[:length]
-    raise LsaError(f"--text: its documents hold fewer than the {length} tokens of a window: add more, or lower --context")
+    raise LsaError(f"--text: all its documents have fewer than {length} tokens: add some, or lower --context")
 
 
 def is_synthetic(window: int, share: float) -> bool:

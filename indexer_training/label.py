@@ -3,8 +3,8 @@
 Makes label/window_*.safetensors, beside the masses that they are about (see `capture`; the mass itself is the soft
 label):
 
-    positive   uint8 [L, S, Hkv, K]   of next_index: among the fewest chunks that hold top_p of the free mass
-    hard       uint8 [L, S, Hkv, K]   of last_index: was so in the period before, and is no positive
+    positive   uint8 [L, S, Hkv, K]   of next_chunk: among the fewest chunks that hold top_p of the free mass
+    hard       uint8 [L, S, Hkv, K]   of last_chunk: was so in the period before, and is no positive
 
 Chunks that are always kept, the first and the newest, are neither; free mass is that of the others.
 """
@@ -32,14 +32,14 @@ def forced_of(settings: Settings, counts: torch.Tensor) -> torch.Tensor:
 
 
 def free(masses: Masses, fixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The masses [..., S, Hkv, K] of chunks that are not fixed [S, N], others 0, in descending order; and their chunks."""
-    index = masses.index.long()
+    """The masses [..., S, Hkv, K] of chunks that are not fixed [S, N], 0 for others; and the chunks."""
+    index = masses.chunk.long()
     is_fixed = fixed.expand(*index.shape[:-3], *fixed.shape).unsqueeze(-2).expand(*index.shape[:-1], -1)
     return masses.mass.float().masked_fill(is_fixed.gather(-1, index), 0), index
 
 
 def labels(upcoming: Masses, last: Masses, fixed: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positives among upcoming.index and hard negatives among last.index, bool [L, S, Hkv, K]. fixed: [S, N]."""
+    """Positives among upcoming.chunk and hard negatives among last.chunk, bool [L, S, Hkv, K]. fixed: [S, N]."""
 
     def chosen(masses: Masses) -> tuple[torch.Tensor, torch.Tensor]:
         mass, index = free(masses, fixed)

@@ -9,11 +9,11 @@ import torch
 class Masses(NamedTuple):
     """Shares of attention mass of chunks, the largest one by one. Leading dimensions are free: layers, cycles, heads.
 
-    index: integers [..., K], chunks in descending order of mass; places that are not used hold the last chunk of the
+    chunk: integers [..., K], in descending order of mass; places that are not used hold the last chunk of the
     window, which no cycle can choose, with mass 0. mass: fp16 [..., K]. rest: fp16 [...], of all other chunks together.
     """
 
-    index: torch.Tensor
+    chunk: torch.Tensor
     mass: torch.Tensor
     rest: torch.Tensor
 
@@ -36,7 +36,7 @@ def chunk_logits(
 
 
 def next_mass(logits: torch.Tensor, chunks: int) -> torch.Tensor:
-    """Mean over queries and heads of the mass shares among the first `chunks`, [Hkv, chunks]; logits: `chunk_logits`."""
+    """Mean over queries and heads of the shares of mass among the first chunks, [Hkv, chunks]; of `chunk_logits`."""
     return logits[..., :chunks].softmax(-1).mean((1, 2))
 
 
@@ -70,10 +70,10 @@ def dense(masses: Masses, counts: torch.Tensor, chunks: int) -> torch.Tensor:
 
     Chunks from counts on hold nothing that means something.
     """
-    unknown = (counts - masses.index.shape[-1]).clamp(min=1)
+    unknown = (counts - masses.chunk.shape[-1]).clamp(min=1)
     level = masses.rest.float() / unknown[:, None]
     out = level.unsqueeze(-1).expand(*level.shape, chunks).clone()
-    return out.scatter_(-1, masses.index.long(), masses.mass.float())
+    return out.scatter_(-1, masses.chunk.long(), masses.mass.float())
 
 
 def forced(counts: torch.Tensor, chunks: int, sink_chunks: int, recent_chunks: int) -> torch.Tensor:

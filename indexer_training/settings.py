@@ -29,7 +29,7 @@ class Settings(BaseModel):
     text: str = _field("data", "folder of documents: .txt, .md, .jsonl, Hugging Face datasets", ...)
     device: str = _field("", "cpu, cuda or auto", "auto")
     seed: int = _field("data", "decides every choice that is made at random", 0)
-    context: int = _field("data", "tokens of a window (default: 8192 on a GPU, else 4096, or what the model has)", ge=64)
+    context: int = _field("data", "tokens of a window (default: 8192 on a GPU, else 4096, or the model's)", ge=64)
     documents: int = _field("data", "windows to train with (default: 48 on a GPU, else 16)", ge=1)
     retrieval_share: float = _field("data", "share of the windows that are synthetic retrieval text", 0.3, ge=0, le=1)
     heldout: str = _field("data", "folder of documents to evaluate on (default: documents of --text that are not used)")
@@ -72,8 +72,15 @@ class Settings(BaseModel):
     damage_power: float = _field("calibrate", "power of the damage in a layer's weight", 0.4, ge=0)
     damage_budget: float = _field("calibrate", "share of chunks at which the damage is measured", 0.05, gt=0, le=1)
     damage_windows: int = _field("calibrate", "windows that it is measured on", 2, ge=1)
+    demand_chunks: int = _field("calibrate", "chunks that each step may demand per KV head, in measurements", 8, ge=1)
+    measure_every: int = _field(
+        "calibrate", "of so many periods of a window, one is measured (default: 2 on a GPU, else 4)", ge=1
+    )
 
     evaluate: bool = _field("evaluate", "measure quality on held-out documents", True)
+    evaluate_budgets: tuple[float, ...] = _field(
+        "evaluate", "shares of chunks to measure at (default: 0.075, 0.1 and 0.135 on a GPU, else 0.1)", min_length=1
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "Settings":
@@ -86,7 +93,7 @@ class Settings(BaseModel):
             raise ValueError(f"first={self.first} is less than period={self.period}")
         if self.first + self.window > self.context:
             raise ValueError(
-                f"context={self.context} is too short for a cycle after first={self.first} tokens and window={self.window}"
+                f"context={self.context} has no room for a cycle after first={self.first} with window={self.window}"
             )
         return self
 
@@ -185,7 +192,7 @@ def resolve(out: Path, given: Mapping[str, Any]) -> Settings:
             begun = out / "work" / step_of(name)
             if begun.exists():
                 flag = "--" + name.replace("_", "-")
-                raise LsaError(f"--out {out} is of a run with {flag} {old}, not {value}: give another --out or that value")
+                raise LsaError(f"--out {out} is of a run with {flag} {old}, not {value}: give that, or another --out")
     values = {**stored, **given}
     for name in ("model", "text"):
         if name not in values:
@@ -230,6 +237,8 @@ def _fill(values: dict[str, Any]) -> None:
     default("first", max(min(512, values["context"] // 4) // period, 1) * period)
     default("rank", min(shape.heads * shape.head_dim, max(256, 4 * shape.head_dim)))
     default("steps", 480 if gpu else 240)
+    default("measure_every", 2 if gpu else 4)
+    default("evaluate_budgets", (0.075, 0.1, 0.135) if gpu else (0.1,))
     if shape.head_dim % values["subspaces"]:
         raise LsaError(f"--subspaces {values['subspaces']} does not divide the model's head_dim={shape.head_dim}")
 

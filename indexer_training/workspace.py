@@ -72,7 +72,7 @@ class Workspace:
         write_json(self.out / "run.json", {"seconds": round(seconds, 1), "steps": done})
 
     def lock(self) -> IO[str]:
-        """Keeps other runs out of the folder while the file that is returned is open. Raises LsaError if one is in it."""
+        """Keeps other runs out while the file that is returned is open. Raises LsaError if one is in the folder."""
         path = self.out / "work" / "lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
@@ -154,7 +154,8 @@ def run_step(step: str, out: Path, settings: Settings) -> None:
     group.barrier()
     if group.leads:
         seconds = round(time.monotonic() - begin, 2)
-        device = torch.cuda.get_device_name() if settings.torch_device() != "cpu" else f"{torch.get_num_threads()} threads"
+        on_gpu = settings.torch_device() != "cpu"
+        device = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
         cost = {"seconds": seconds, "resumed": resumed, "peak_rss_mib": peak_memory(), "device": device}
         work.finish(step, {**cost, "processes": group.size, **facts})
         log(f"{step}: {seconds:.1f} s, at most {peak_memory()} MiB of memory")

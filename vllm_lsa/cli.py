@@ -4,10 +4,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from indexer_training import cli as training
 from vllm_lsa import __version__, doctor, inspect_checkpoint
 from vllm_lsa.errors import LsaError
+from vllm_lsa.evaluation import command as evaluation
 
-COMMANDS = (doctor, inspect_checkpoint)  # each has add_command(subparsers), which sets `run`: namespace -> exit status
+# Each has add_command(subparsers), which sets `run`: namespace -> exit status.
+COMMANDS = (doctor, inspect_checkpoint, training, evaluation)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

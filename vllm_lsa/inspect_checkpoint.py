@@ -5,8 +5,11 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from vllm_lsa.errors import LsaError
 from vllm_lsa.indexer.checkpoint import Checkpoint, layer_shapes, read_checkpoint
+from vllm_lsa.indexer.indexer_config import AGAIN
 from vllm_lsa.indexer.model_card import aligned, evaluation_table
+from vllm_lsa.indexer.product import ProductTables
 
 
 def parameters(checkpoint: Checkpoint) -> int:
@@ -62,9 +65,13 @@ def describe(checkpoint: Checkpoint) -> Iterator[str]:
         "shapes": ", ".join(f"{name} {list(shape)}" for name, shape in layer_shapes(config).items()),
         "parameters": f"{facts['parameters']:,} ({', '.join(facts['dtypes'])})",
         "logit offset": f"{config.logit_offset:g}",
+        "usage": "weighs usage and age of chunks, per KV head" if config.usage else "no",
+        "demand index": _demand_index(checkpoint),
     }
     for name, value in fields.items():
         yield f"{name:13} {value}"
+    for name, values in (("layer gains", config.layer_gains), ("layer weights", config.layer_weights)):
+        yield f"{name:13} {'none' if values is None else ' '.join(f'{value:.3g}' for value in values)}"
     for name, lists in (("thresholds", config.thresholds), ("budget shares", config.budget_shares)):
         yield f"{name:13} {'' if lists else 'none'}".rstrip()
         for budget, values in lists.items():
@@ -72,6 +79,17 @@ def describe(checkpoint: Checkpoint) -> Iterator[str]:
     table = evaluation_table(config.metrics)
     yield f"{'evaluation':13} {'' if table else 'none'}".rstrip()
     yield from (f"  {line}" for line in (aligned(table) if table else ()))
+
+
+def _demand_index(checkpoint: Checkpoint) -> str:
+    """Raises LsaError in one line if the file of its tables is missing or damaged."""
+    index = checkpoint.config.demand_index
+    if index is None:
+        return "none"
+    tables = ProductTables.load(checkpoint.path / index.file)
+    if (tables.subspaces, tables.kv_heads) != (index.subspaces, checkpoint.config.kv_heads):
+        raise LsaError(f"{tables.source} is not what {checkpoint.path}/config.json says of it: {AGAIN}")
+    return f"{index.kind}, {index.subspaces} bytes per token and KV head, {tables.layers} layers"
 
 
 def run(args: argparse.Namespace) -> int:

@@ -88,6 +88,7 @@ def write_checkpoint(folder: str | Path, config: IndexerConfig, tensors: Mapping
     contiguous = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     unfinished = folder / (WEIGHTS + ".unfinished")
     save_file(contiguous, unfinished, metadata={"format": "pt"})
+    unfinished.chmod(0o644)  # safetensors makes files that only their owner may read
     os.replace(unfinished, folder / WEIGHTS)
     for name, text in ((CARD, model_card(config)), (CONFIG, config.model_dump_json(indent=1) + "\n")):
         unfinished = folder / (name + ".unfinished")

@@ -1,0 +1,170 @@
+"""What turns scores into sets: product tables, weights of layers, thresholds. ``python -m indexer_training.calibrate``
+
+Makes calibrate/product.safetensors (`ProductTables`, for all layers of the backbone) and calibrate/calibration.json:
+layer_weights, damage, thresholds and budget_shares (see `IndexerConfig`). Layers are shared out over processes.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from indexer_training.backbone import quiet
+from indexer_training.data import is_synthetic
+from indexer_training.distributed import Group
+from indexer_training.product import fit_layer
+from indexer_training.settings import Settings
+from indexer_training.train import Windows, read_trained
+from indexer_training.workspace import Workspace, log, progress, write_json, write_tensors
+from vllm_lsa.indexer import MemoryIndexer
+from vllm_lsa.indexer.product import ProductTables
+
+_LEAST_DAMAGE = 1e-5  # nats per token: less cannot be told from rounding
+
+
+def fit_layers(work: Workspace, group: Group, layers: int) -> None:
+    """Fit the tables of each layer to what was captured of all windows, unless they are there."""
+    s = work.settings
+    folder = work.folder("calibrate")
+    mine = list(group.mine(range(layers)))
+    left = [layer for layer in mine if not (folder / f"layer_{layer:03d}.safetensors").exists()]
+    files = [safe_open(work.shard("capture", i), framework="pt") for i in range(s.documents)]
+    for layer in progress(left, "calibrate", group, " layers", len(mine) - len(left)):
+
+        def of(name: str, layer: int = layer) -> list[torch.Tensor]:
+            return [file.get_slice(name)[layer].to(s.torch_device()).float() for file in files]
+
+        mean = torch.stack(of("key_sum")).sum(0) / (len(files) * s.context)
+        moment = torch.stack(of("query_moment")).mean(0)
+        tables = fit_layer(moment, mean, torch.cat(of("key_sample"), 1), s.subspaces, seed=s.seed * 1009 + layer)
+        write_tensors(folder / f"layer_{layer:03d}.safetensors", tables)
+
+
+def gather(work: Workspace, layers: int) -> ProductTables:
+    """The tables of all layers, in one file; as they are after the rounding in it."""
+    folder = work.folder("calibrate")
+    parts = [load_file(folder / f"layer_{layer:03d}.safetensors") for layer in range(layers)]
+    path = folder / "product.safetensors"
+    whole: dict[str, Any] = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    ProductTables(**whole).save(path)
+    return ProductTables.load(path)
+
+
+def rule_of(settings: Settings, budget: float, **changes: Any) -> Any:
+    """The `SelectionRule` that measurements are made with: sets per KV head, chunks demanded by usage."""
+    from vllm_lsa.evaluation.rule import SelectionRule
+
+    fields: dict[str, Any] = {
+        "budget": budget,
+        "chunk_tokens": settings.chunk_tokens,
+        "period": settings.period,
+        "sets": "per_head",
+        "sink_tokens": settings.sink_tokens,
+        "recency_tokens": settings.recency_tokens,
+        "demand_chunks": settings.demand_chunks,
+        "lookahead": "usage",
+        "decay": settings.usage_decay,
+    }
+    return SelectionRule(**{**fields, **changes})
+
+
+def measure_damage(work: Workspace, group: Group, tables: ProductTables) -> list[float]:
+    """KL, nats per token, that each layer does alone when it is sparse, on documents of the training text."""
+    from vllm_lsa.evaluation.indexes import Product
+    from vllm_lsa.evaluation.offline import SparseModel
+
+    s = work.settings
+    documents = [i for i in s.training if not is_synthetic(i, s.retrieval_share)] or s.training
+    documents = documents[: s.damage_windows]
+    model = None
+    found = []
+    for i in progress(documents, "damage", group, " windows"):
+        path = work.folder("calibrate") / f"damage_{i:05d}.json"
+        if not path.exists():
+            quiet()
+            model = model or SparseModel(s.model, s.torch_device(), getattr(torch, s.dtype))
+            rule = rule_of(s, s.damage_budget, demand=Product(tables.to(s.torch_device())))
+            tokens = load_file(work.shard("data", i))["tokens"].long()
+            write_json(path, model.damage([tokens], rule, every=s.measure_every))
+        found.append(json.loads(path.read_text()))
+    return [sum(values) / len(values) for values in zip(*found, strict=True)]
+
+
+def weights_of(damage: Sequence[float], power: float) -> list[float]:
+    """How a budget is spread over layers: damage to the power, mean 1."""
+    raw = [max(value, _LEAST_DAMAGE) ** power for value in damage]
+    return [value * len(raw) / sum(raw) for value in raw]
+
+
+def shares_of(budget: float, weights: Sequence[float], settings: Settings) -> list[float]:
+    """Share of its chunks that each layer keeps: what is always kept, and of the rest by weight."""
+    least = min(budget, (settings.sink_tokens + settings.recency_tokens + settings.period) / settings.context)
+    return [min(1.0, least + (budget - least) * weight) for weight in weights]
+
+
+@torch.no_grad()
+def thresholds_of(
+    indexer: MemoryIndexer, layers: Sequence[int], shares: Sequence[Sequence[float]], windows: Windows
+) -> list[list[float]]:
+    """Per budget and layer the score, ``sigmoid(logit)``, that so many chunks exceed on average.
+
+    shares: per budget and layer, of all chunks of the past, those that are always kept included.
+    """
+    s = windows.work.settings
+    found: list[list[float]] = [[] for _ in shares]
+    for place, layer in enumerate(layers):
+        scores, past, held = [], 0, 0
+        for window in s.validation:
+            batch = windows.batch(window, torch.arange(len(s.starts)))
+            logits = batch.logits(indexer.layer(layer), layer).sigmoid()
+            scores.append(logits[~batch.fixed.unsqueeze(1).expand_as(logits)])
+            kv_heads = logits.shape[1]
+            past += kv_heads * int(batch.counts.sum())
+            held += kv_heads * len(batch.counts) * (s.period // s.chunk_tokens)
+        ordered = torch.cat(scores).sort(descending=True).values
+        held += past - len(ordered)
+        for i, of_layers in enumerate(shares):
+            room = int(of_layers[place] * past) - held
+            found[i].append(float(ordered[min(max(room, 0), len(ordered) - 1)]) if room < len(ordered) else 0.0)
+    return found
+
+
+def run(work: Workspace, group: Group) -> dict[str, Any]:
+    """Fit what is not fitted yet."""
+    s = work.settings
+    indexer, about = read_trained(work)
+    count = len(indexer.layers)
+    fit_layers(work, group, count)
+    group.barrier()
+    if not group.leads:
+        return {}
+    tables = gather(work, count)
+    damage = None
+    weights = [1.0] * count
+    if s.damage:
+        damage = measure_damage(work, group, tables)
+        weights = weights_of(damage, s.damage_power)
+    else:
+        log("calibrate: --no-damage, so every layer gets the same share of a budget")
+    layers = about["layers"]
+    shares = [shares_of(budget, [weights[layer] for layer in layers], s) for budget in s.budgets]
+    device = s.torch_device()
+    thresholds = thresholds_of(indexer.to(device), layers, shares, Windows(work, device))
+    names = [f"{budget:g}" for budget in s.budgets]
+    calibration = {
+        "layer_weights": weights if s.damage else None,
+        "damage": damage,
+        "thresholds": dict(zip(names, thresholds, strict=True)),
+        "budget_shares": dict(zip(names, shares, strict=True)),
+    }
+    write_json(work.folder("calibrate") / "calibration.json", calibration)
+    return {}
+
+
+if __name__ == "__main__":
+    from indexer_training.cli import step_main
+
+    step_main("calibrate")

@@ -1,0 +1,325 @@
+"""Trains the query sides of all layers, without the backbone. ``python -m indexer_training.train --out DIR``
+
+Makes train/indexer.safetensors, the weights of a scorer for each layer, and train/recall.json: how much of the next
+window's attention mass the scores capture, per layer. train/state.pt is there to go on from after a kill.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from indexer_training.backbone import Shape
+from indexer_training.distributed import Group
+from indexer_training.label import counts_of, forced_of
+from indexer_training.masses import Masses, dense
+from indexer_training.settings import Settings
+from indexer_training.workspace import Workspace, progress, write_json, write_tensors
+from vllm_lsa.indexer import IndexerConfig, MemoryIndexer
+from vllm_lsa.indexer.memory_indexer import LayerIndexer
+from vllm_lsa.indexer.rotary import RopeConfig
+
+PARTS = 2  # a step's gradient is summed in at least so many parts, so that one process sums as two do
+WARM_UP = 20
+_MASKED = -1e4
+
+
+def untrained(work: Workspace) -> MemoryIndexer:
+    """An indexer with a scorer for each layer of the backbone, its weights random."""
+    s = work.settings
+    shape = Shape.read(Path(s.model))
+    path = work.folder("capture") / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        about, inv_freq = file.metadata(), file.get_tensor("inv_freq")
+    config = IndexerConfig(
+        kind="per_layer",
+        backbone=shape.name,
+        layers=tuple(range(shape.layers)),
+        hidden_size=shape.heads * shape.head_dim,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        rank=min(s.rank, shape.heads * shape.head_dim),
+        rope=RopeConfig.model_validate({"style": about["style"], "dims": int(about["dims"])}),
+        input="query",
+        attention_scaling=float(about["scaling"]),
+        bias=s.loss != "soft",  # a constant changes no softmax
+        weights_bias=True,
+        usage=True,
+        chunk_tokens=s.chunk_tokens,
+        period=s.period,
+    )
+    torch.manual_seed(s.seed)
+    return MemoryIndexer(config, inv_freq)
+
+
+@torch.no_grad()
+def initialise(indexer: MemoryIndexer, work: Workspace) -> None:
+    """Make each scorer's query what the layer's own last query is, as near as the rank allows, and heads weigh alike.
+
+    Below full rank it is the projection onto the principal directions of the queries that were captured.
+    """
+    config = indexer.config
+    files = [safe_open(work.shard("capture", i), framework="pt") for i in work.settings.training]
+    for layer in config.layers:
+        scorer = indexer.layer(layer)
+        width = config.hidden_size
+        second, count = torch.zeros(width, width), 0
+        for file in files:
+            x = file.get_slice("query")[layer].float()
+            second += x.T @ x
+            count += len(x)
+        if config.rank < width:
+            basis = torch.linalg.eigh(second.double())[1].flip(-1)[:, : config.rank].T.float()
+        else:
+            basis = torch.eye(width)
+        scorer.wq_a.weight.copy_(basis)
+        scorer.wq_b.weight.copy_(basis.T)
+        # The norm takes the length from a query; a usual one is given back.
+        scorer.q_norm_weight.fill_(((basis @ second * basis).sum() / count / config.rank).sqrt())
+        scorer.weights_proj.weight.zero_()
+        assert scorer.weights_bias is not None
+        scorer.weights_bias.fill_(config.head_dim**-0.5)
+
+
+@dataclass
+class Batch:
+    """Some cycles of one window, on the device. S cycles, N chunks; the tensors with layers have them first.
+
+    query [L, S, F] and keys [L, N, Hkv, D] are fp16; counts [S] chunks of the past; positions [S] of the queries, the
+    middle of the window that is learned; fixed bool [S, N]: not learned.
+    """
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    upcoming: Masses
+    last: Masses
+    positive: torch.Tensor
+    hard: torch.Tensor
+    counts: torch.Tensor
+    positions: torch.Tensor
+    fixed: torch.Tensor
+
+    def logits(self, scorer: LayerIndexer, layer: int) -> torch.Tensor:
+        """[S, Hkv, N]"""
+        usage = dense(at(self.last, layer), self.counts, self.fixed.shape[1])
+        return scorer.head_logits(self.query[layer], self.keys[layer], self.positions, usage, self.counts)
+
+    def scatter(self, chosen: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Bool [S, Hkv, N] of flags [S, Hkv, K] for the chunks of an index."""
+        everywhere = torch.zeros(*index.shape[:2], self.fixed.shape[1], dtype=torch.bool, device=index.device)
+        return everywhere.scatter_(-1, index.long(), chosen.bool())
+
+
+def at(masses: Masses, layer: int) -> Masses:
+    """Those of one layer."""
+    return Masses(*(x[layer] for x in masses))
+
+
+class Windows:
+    """Captured windows as batches; read from the files, or kept on a GPU that has room for them."""
+
+    def __init__(self, work: Workspace, device: str) -> None:
+        self.work = work
+        self.device = device
+        self.counts = counts_of(work.settings)
+        self.fixed = forced_of(work.settings, self.counts)
+        # The cycle's queries turn as if they stood in the middle of the window that they are to predict.
+        self.positions = torch.tensor(work.settings.starts) + work.settings.window // 2
+        self._kept: dict[int, dict[str, torch.Tensor]] = {}
+
+    def read(self, window: int) -> dict[str, torch.Tensor]:
+        if window in self._kept:
+            return self._kept[window]
+        x = load_file(self.work.shard("capture", window)) | load_file(self.work.shard("label", window))
+        for name in ("query_moment", "key_sum", "key_sample"):
+            del x[name]
+        x = {name: t.to(self.device) for name, t in x.items()}
+        if self.device != "cpu" and torch.cuda.mem_get_info()[0] > 16 << 30:
+            self._kept[window] = x
+        return x
+
+    def batch(self, window: int, cycles: torch.Tensor) -> Batch:
+        """The cycles, integers [S], of a window."""
+        x = self.read(window)
+        on = cycles.to(self.device)
+        both = [Masses(*(x[f"{kind}_{part}"][:, on] for part in Masses._fields)) for kind in ("next", "last")]
+        return Batch(
+            x["query"][:, on],
+            x["keys"],
+            both[0],
+            both[1],
+            x["positive"][:, on],
+            x["hard"][:, on],
+            self.counts[cycles].to(self.device),
+            self.positions[cycles].to(self.device),
+            self.fixed[cycles].to(self.device),
+        )
+
+
+def loss_of(logits: torch.Tensor, batch: Batch, layer: int, settings: Settings) -> torch.Tensor:
+    """Sum over cycles and KV heads of the loss of logits [S, Hkv, N]; a scalar."""
+    fixed = batch.fixed.unsqueeze(1)
+    hard = batch.scatter(batch.hard[layer], batch.last.chunk[layer])
+    if settings.loss == "soft":
+        mass = dense(at(batch.upcoming, layer), batch.counts, logits.shape[-1]).masked_fill(fixed, 0)
+        # A hard negative counts as if there were hard_weight of it. Mass is not normalised: cycles whose attention goes
+        # to chunks that are kept anyway matter less.
+        weighted = (logits + math.log(settings.hard_weight) * hard).masked_fill(fixed, _MASKED)
+        return (mass * (weighted.logsumexp(-1, keepdim=True) - logits)).sum()
+    positive = batch.scatter(batch.positive[layer], batch.upcoming.chunk[layer])
+    target = positive.float()
+    each = nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    if settings.loss == "focal":
+        wrong = (target - logits.sigmoid()).abs()
+        each = each * wrong.square()
+    easy = ~positive & ~fixed & ~hard
+    share = (positive.sum(-1, keepdim=True).float() / easy.sum(-1, keepdim=True).clamp(min=1)).clamp(max=1)
+    # Easy negatives weigh together as much as the positives.
+    weight = target + settings.hard_weight * (hard & ~fixed) + share * easy
+    return (each * weight.masked_fill(fixed, 0)).sum(-1).div(weight.sum(-1).clamp(min=1)).sum()
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """At a step, from 0: a short way up, then down a cosine."""
+    up = min(1.0, (step + 1) / min(WARM_UP, settings.steps))
+    return settings.learning_rate * up * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+
+
+def plan(step: int, settings: Settings) -> tuple[int, torch.Tensor]:
+    """The window of a step and its cycles. The seed and the step alone decide, so a resumed run goes on the same."""
+    windows = settings.training
+    epoch, place = divmod(step, len(windows))
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(settings.seed * 7919 + epoch))
+    generator = torch.Generator().manual_seed((settings.seed * 7919 + 1) * 100_003 + step)
+    cycles = torch.randperm(len(settings.starts), generator=generator)[: settings.cycles]
+    return windows[int(order[place])], cycles.sort().values
+
+
+def train(indexer: MemoryIndexer, work: Workspace, windows: Windows, group: Group) -> dict[str, Any]:
+    """All optimiser steps, from the last saved state on; the loss of each step since."""
+    s = work.settings
+    parameters = [p for p in indexer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=s.learning_rate, weight_decay=0.0, eps=1e-7, foreach=True)
+    path = work.folder("train") / "state.pt"
+    first = 0
+    if path.exists():
+        state = torch.load(path, map_location=windows.device, weights_only=True)
+        indexer.load_state_dict(state["indexer"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = int(state["step"])
+    parts = max(PARTS, group.size)
+    losses = []
+    for step in progress(range(first, s.steps), "train", group, " steps", first):
+        window, cycles = plan(step, s)
+        optimizer.zero_grad(set_to_none=False)
+        total = torch.zeros((), device=windows.device)
+        for part in group.mine(range(parts)):
+            batch = windows.batch(window, cycles[part::parts])
+            for layer in indexer.layers:  # one at a time: a graph of all would take much memory
+                logits = batch.logits(indexer.layer(layer), layer)
+                loss = loss_of(logits, batch, layer, s) / (len(cycles) * len(indexer.layers) * logits.shape[1])
+                loss.backward()
+                total += loss.detach()
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        group.add([*gradients, total])
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        for options in optimizer.param_groups:
+            options["lr"] = learning_rate(step, s)
+        optimizer.step()
+        losses.append(total)
+        if group.leads and (step + 1) % s.save_every == 0 and step + 1 < s.steps:
+            unfinished = path.with_name(path.name + ".unfinished")
+            content = {"step": step + 1, "indexer": indexer.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(content, unfinished)
+            os.replace(unfinished, path)
+    values = [float(x) for x in losses]
+    some = max(1, len(values) // 10)
+    return {"loss_first": sum(values[:some]) / some, "loss_last": sum(values[-some:]) / some} if values else {}
+
+
+@torch.no_grad()
+def recall(indexer: MemoryIndexer, windows: Windows, settings: Settings) -> dict[str, list[float]]:
+    """Share of the next window's free attention mass in the chunks that are chosen within the budget, per layer.
+
+    By the newest, by usage, by the trained scores, and by the mass itself (oracle). Mean over cycles of the validation
+    windows, each weighted by its free mass.
+    """
+    names = ("newest", "usage", "trained", "oracle")
+    caught = torch.zeros(len(names) + 1, len(indexer.layers), dtype=torch.float64)
+    for window in settings.validation:
+        batch = windows.batch(window, torch.arange(len(settings.starts)))
+        fixed, chunks = batch.fixed.unsqueeze(1), batch.fixed.shape[1]
+        past = torch.arange(chunks, device=windows.device) < batch.counts.unsqueeze(1)
+        held = (batch.fixed & past).sum(1) + settings.period // settings.chunk_tokens
+        room = ((settings.budget * batch.counts).long() - held).clamp(min=1)[:, None, None]
+        for layer in indexer.layers:
+            mass = dense(at(batch.upcoming, layer), batch.counts, chunks).masked_fill(fixed, 0)
+            usage = dense(at(batch.last, layer), batch.counts, chunks)
+            newest = torch.arange(chunks, device=windows.device).float().expand_as(mass)
+            scores = (newest, usage, batch.logits(indexer.layer(layer), layer), mass)
+            for row, score in enumerate(scores):
+                order = score.masked_fill(fixed, -math.inf).argsort(dim=-1, descending=True, stable=True)
+                places = torch.arange(chunks, device=order.device).expand_as(order)
+                rank = torch.empty_like(order).scatter_(-1, order, places)
+                caught[row, layer] += float((mass * (rank < room)).sum())
+            caught[-1, layer] += float(mass.sum())
+    shares = caught[:-1] / caught[-1].clamp(min=1e-12)
+    return {name: [round(float(x), 5) for x in row] for name, row in zip(names, shares, strict=True)}
+
+
+def choose_layers(found: dict[str, list[float]], min_gain: float) -> list[int]:
+    """Layers whose scorer gains more than min_gain over usage alone; the best one if there is none."""
+    gains = [trained - usage for trained, usage in zip(found["trained"], found["usage"], strict=True)]
+    return [i for i, gain in enumerate(gains) if gain > min_gain] or [max(range(len(gains)), key=gains.__getitem__)]
+
+
+def run(work: Workspace, group: Group) -> dict[str, Any]:
+    """Train, and measure what it brought."""
+    s = work.settings
+    folder = work.folder("train")
+    device = s.torch_device()
+    windows = Windows(work, device)
+    indexer = untrained(work)
+    facts: dict[str, Any] = {}
+    if not (folder / "indexer.safetensors").exists():
+        if not (folder / "state.pt").exists():
+            initialise(indexer, work)
+        group.barrier()  # no one looks for the state after it may have been written
+        indexer.to(device)
+        facts = train(indexer, work, windows, group)
+        if group.leads:
+            write_tensors(folder / "indexer.safetensors", indexer.state_dict())
+    elif group.leads:
+        indexer.load_state_dict(load_file(folder / "indexer.safetensors"))
+        indexer.to(device)
+    if group.leads:
+        found = recall(indexer, windows, s)
+        layers = choose_layers(found, s.min_gain)
+        write_json(folder / "recall.json", {"budget": s.budget, "layers": layers, "recall": found})
+        (folder / "state.pt").unlink(missing_ok=True)
+        mean = {name: round(sum(x) / len(x), 4) for name, x in found.items()}
+        facts |= {"recall": mean, "layers": len(layers), "parameters": sum(p.numel() for p in indexer.parameters())}
+        return facts
+    return {}
+
+
+def read_trained(work: Workspace) -> tuple[MemoryIndexer, dict[str, Any]]:
+    """The indexer of all layers, on the CPU, and recall.json."""
+    folder = work.folder("train")
+    indexer = untrained(work)
+    indexer.load_state_dict(load_file(folder / "indexer.safetensors"))
+    return indexer.requires_grad_(False).eval(), json.loads((folder / "recall.json").read_text())
+
+
+if __name__ == "__main__":
+    from indexer_training.cli import step_main
+
+    step_main("train")
