@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import random_checkpoint
 from vllm_lsa.config import LsaConfig
 from vllm_lsa.engine import LsaEngine
 from vllm_lsa.memory.geometry import KVGeometry
@@ -221,6 +222,28 @@ def test_shared_sets_modes_and_selections_ahead_of_their_cycle(sets, mode, lead)
     run(simulation, 150)
     assert simulation.sparse_decodes > 100
     simulation.leak_check()
+
+
+@pytest.mark.parametrize("sets", ["per_head", "per_layer", "shared"])
+@pytest.mark.parametrize("demand", ["product", "off"])
+def test_a_trained_checkpoint_serves_scores_index_and_shares_of_the_budget(tmp_path, sets, demand):
+    weights = (0.4, 1.6, 1.0)
+    folder = random_checkpoint.write(tmp_path, LAYERS, HQ, HKV, DIM, CHUNK, scorers=(0, 2), weights=weights)
+    settings = config(indexer=str(folder), demand=demand, sets=sets, budget=0.3)
+    simulation = Simulation(settings, slots=LAYERS * 45 * settings.layer_lanes(HKV), seed=5)
+    run(simulation, 100)
+    assert simulation.sparse_decodes > 100
+    assert (simulation.engine.attention.chunks_demanded > 0) == (demand != "off")
+    caps = simulation.engine.lookahead._caps(400).reshape(LAYERS, -1)
+    assert (caps[0] < caps[2]).all() and (caps[2] < caps[1]).all() and caps.mean() <= 0.3 * 400
+    simulation.leak_check()
+
+
+def test_unset_fields_take_the_values_that_a_checkpoint_was_made_for(tmp_path):
+    folder = random_checkpoint.write(tmp_path, LAYERS, HQ, HKV, DIM, CHUNK)
+    parsed = LsaConfig.parse({"lsa": {"indexer": str(folder)}})
+    assert (parsed.chunk_tokens, parsed.demand, parsed.period) == (CHUNK, "product", 16)
+    assert LsaConfig.parse({"lsa": {"indexer": str(folder), "demand": "off"}}).demand == "off"
 
 
 def test_everything_stays_resident_and_is_copied_once_while_it_fits():

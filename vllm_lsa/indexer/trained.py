@@ -43,9 +43,10 @@ def load(folder: Path, device: str) -> Trained:
     tables = None
     if config.demand_index is not None:
         tables = ProductTables.load(folder / config.demand_index.file).to(device)
-        if (tables.layers, tables.kv_heads) != (len(config.layers), config.kv_heads):
+        weights = config.layer_weights
+        if tables.kv_heads != config.kv_heads or (weights is not None and len(weights) != tables.layers):
             raise LsaError(
-                f"{tables.source} is for {tables.layers} layers of {tables.kv_heads} KV heads, its config.json for "
-                f"{len(config.layers)} of {config.kv_heads}: export the checkpoint again"
+                f"{tables.source} ({tables.layers} layers, {tables.kv_heads} KV heads) does not fit its config.json: "
+                "export the checkpoint again"
             )
     return Trained(folder, config, MemoryIndexer.load(folder, device), tables)

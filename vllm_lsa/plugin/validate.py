@@ -140,7 +140,13 @@ def _check_backbone(vllm_config: VllmConfig, config: LsaConfig, geometry: KVGeom
     model, folder = vllm_config.model_config, Path(vllm_config.model_config.model)
     known = fingerprint_of(folder) if folder.is_dir() else fingerprint(model.hf_config.to_dict())
     trained.indexer.require_backbone(known)
-    if trained.config.kv_heads != geometry.num_kv_heads or len(trained.config.layers) != geometry.num_layers:
+    if trained.config.input != "query":
+        raise LsaError(
+            f"lsa.indexer={config.indexer!r} reads {trained.config.input} states, which an attention backend does not "
+            "see: train one that reads queries (vllm-lsa train)"
+        )
+    layers = geometry.num_layers if trained.tables is None else trained.tables.layers
+    if trained.config.kv_heads != geometry.num_kv_heads or layers != geometry.num_layers:
         raise LsaError(
             f"lsa.indexer={config.indexer!r} is for whole models: it does not work with tensor or pipeline parallelism "
             "yet: use one rank, or a training-free indexer"

@@ -34,13 +34,16 @@ class TrainedPolicy(LookaheadPolicy):
         scores = self._rest.score(x).unflatten(0, (x.num_layers, x.layer_lanes))
         usage = None if x.usage is None else x.usage.unflatten(0, (x.num_layers, x.layer_lanes))
         last = torch.tensor([x.position - 1], device=x.device)
+        counts = None if usage is None else torch.tensor([x.num_chunks], device=x.device)
         for layer in self._indexer.layers:
             scorer = self._indexer.layer(layer)
             config = scorer.config
-            query = rotate(x.query[layer][None].float(), last, scorer.inv_freq, config.rope, inverse=True).flatten(1)
+            query = x.query[layer][None].float() / config.attention_scaling
+            query = rotate(query, last, scorer.inv_freq, config.rope, inverse=True).flatten(1)
             keys = self.index.mean_keys(x.cells[layer, : x.num_chunks], layer)
             seen = None if usage is None else usage[layer].expand(config.kv_heads, -1)[None]
-            logits = scorer.head_logits(query, keys, last + 1 + config.period // 2, usage=seen)
+            # Aimed at the middle of the cycle.
+            logits = scorer.head_logits(query, keys, last + 1 + config.period // 2, seen, counts)
             shares = logits[0].softmax(-1).unflatten(0, (x.layer_lanes, -1))
             scores[layer] = shares.amax(1) if x.mode == "or" else shares.mean(1)
         return scores.flatten(0, 1)
