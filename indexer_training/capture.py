@@ -10,9 +10,10 @@ Makes capture/window_*.safetensors. L layers, S cycles, N chunks, F = heads · h
     key_sum        fp32 [L, Hkv, D]
     key_sample     fp16 [L, Hkv, n, D]   keys of random tokens
 
-and capture/model.safetensors: inv_freq, float64 [L, dims / 2]; its metadata say how the model rotates.
+and capture/model.safetensors: inv_freq, float64 [L, dims / 2]; its metadata hold how the model rotates.
 """
 
+import json
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def run(work: Workspace, group: Group) -> dict[str, Any]:
     if group.leads:
         r = backbone.rotary
         about = {"scaling": r.scaling, "style": r.style, "dims": r.dims}
-        write_tensors(model_file, {"inv_freq": r.inv_freq}, about)
+        write_tensors(model_file, {"inv_freq": r.inv_freq}, {"rotary": json.dumps(about)})
     for i in progress(left, "capture", group, " windows", len(mine) - len(left)):
         recorder = Recorder(s, backbone, i)
         backbone.run(load_file(work.shard("data", i))["tokens"], recorder.attend)

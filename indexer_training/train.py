@@ -37,7 +37,7 @@ def untrained(work: Workspace) -> MemoryIndexer:
     shape = Shape.read(Path(s.model))
     path = work.folder("capture") / "model.safetensors"
     with safe_open(path, framework="pt") as file:
-        about, inv_freq = file.metadata(), file.get_tensor("inv_freq")
+        about, inv_freq = json.loads(file.metadata()["rotary"]), file.get_tensor("inv_freq")
     config = IndexerConfig(
         kind="per_layer",
         backbone=shape.name,
@@ -47,9 +47,9 @@ def untrained(work: Workspace) -> MemoryIndexer:
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         rank=min(s.rank, shape.heads * shape.head_dim),
-        rope=RopeConfig.model_validate({"style": about["style"], "dims": int(about["dims"])}),
+        rope=RopeConfig.model_validate({"style": about["style"], "dims": about["dims"]}),
         input="query",
-        attention_scaling=float(about["scaling"]),
+        attention_scaling=about["scaling"],
         bias=s.loss != "soft",  # a constant changes no softmax
         weights_bias=True,
         usage=True,

@@ -94,14 +94,14 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(unfinished, path)
 
 
-def write_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, Any] | None = None) -> None:
-    """Write a .safetensors file whole or not at all."""
+def write_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", metadata: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file whole or not at all. metadata: one entry at most, since the order of more varies."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     values = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    save_file(values, unfinished, metadata={key: str(value) for key, value in (metadata or {}).items()})
+    save_file(values, unfinished, metadata=metadata)
     os.replace(unfinished, path)
 
 
