@@ -4,7 +4,7 @@ The past's keys and values come from the dense model and only the block's own qu
 independent of each other. Works for any Hugging Face model whose attention is a plain softmax over all keys.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -283,6 +283,35 @@ class SparseModel:
             return max(1, int((free + cached) * 0.6) // (values * 4 * 5))
         return max(1, (1 << 26) // values)
 
+    @torch.no_grad()
+    def recall(
+        self, past: Past, starts: torch.Tensor, rules: Mapping[str, SelectionRule]
+    ) -> dict[str, dict[str, list[float]]]:
+        """How much of what a block attends to is in the set that it starts from, for each rule, by layer.
+
+        past: of one prompt, with its queries up to the blocks' ends. starts: int64 [B] on the CPU. The oracle is the
+        set of the same size with the most true mass. Every figure is of chunks that are not forced:
+        mass, oracle: share of the next period's attention mass on them that is in the set, in the oracle's set.
+        chunks: share of the oracle's chunks that are in the set. at_stake: their share of all mass.
+        """
+        found: dict[str, dict[str, list[float]]] = {}
+        exact = Exact()
+        for name, rule in rules.items():
+            sums = torch.zeros(5, self.layers, device=self.device)
+            rows = self._rows_at_once(past, rule.period)
+            for at in starts.view(1, -1).split(rows, 1):
+                block = _Block(past, at, rule.period, rule, frozenset(range(self.layers)), self.device, None)
+                for layer in range(self.layers):
+                    sums[:, layer] += block.recall(layer, exact)
+            caught, best, stake, same, size = sums.cpu()
+            found[name] = {
+                "mass": (caught / stake).tolist(),
+                "oracle": (best / stake).tolist(),
+                "chunks": (same / size).tolist(),
+                "at_stake": (stake / (starts.numel() * (self.kv_heads if rule.sets == "per_head" else 1))).tolist(),
+            }
+        return found
+
     def damage(
         self,
         windows: Iterable[torch.Tensor],
@@ -424,6 +453,8 @@ class _Block:
         member = start_set(scored, self.eligible, room[:, 0], most)
         fixed = self.fixed.unsqueeze(1)
         if rule.demand is None or not int(rooms.room.max()):
+            if self.traffic is not None:
+                self.traffic.add(layer, room.new_zeros(self.width))
             return (member > 0).logical_or_(fixed).unsqueeze(3).expand(-1, -1, -1, self.width, -1)
         if isinstance(rule.demand, Exact):
             logits = scores.unflatten(-1, (-1, self.chunk)).logsumexp(-1)
@@ -528,6 +559,28 @@ class _Block:
         usage = self._usage(layer, scale)
         given = LookaheadInput(layer, queries, hidden, self.starts, usage, self._mean_keys(layer), self.valid)
         return lookahead(given)
+
+    def recall(self, layer: int, exact: Exact) -> torch.Tensor:
+        """Sums over lanes for `SparseModel.recall`: mass caught, the oracle's, at stake; chunks in common, chosen."""
+        rule = self.rule
+        assert rule is not None
+        if not self.sparse_layers:
+            raise LsaError("eval: recall is of budgets below 1")
+        scale, period = self.past.scale, rule.period
+
+        def make() -> torch.Tensor:
+            queries = self.past.before(layer, self.starts + period, period)
+            logits = exact.chunk_logits(self._prepared(exact, layer), queries.flatten(2, 4), scale, self.chunk)
+            return self._share(logits.view(*queries.shape[:-1], -1)).mean(3)
+
+        true = self._lanes(self._cached(("next", period), layer, make)).masked_fill(~self.eligible, 0)
+        rooms = rule.rooms(self.cpu_starts, layer)
+        room, most = rooms.room.to(self.starts.device), int(rooms.room.max())
+        expected = self._shared(scale) if rule.sets == "shared" else self._expected(layer, None, scale)
+        chosen = start_set(expected.expand_as(true), self.eligible, room, most)
+        best = start_set(true, self.eligible, room, most)
+        sums = [(true * chosen).sum(), (true * best).sum(), true.sum(), (chosen * best).sum(), best.sum()]
+        return torch.stack(sums)
 
     def _hidden(self, layer: int) -> torch.Tensor:
         """Input of the attention module at the token before each block, [P, r, hidden size]."""
