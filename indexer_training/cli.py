@@ -14,6 +14,8 @@ from typing import Any, get_args, get_origin
 
 from vllm_lsa.errors import LsaError
 
+# Steps that share a process. Training has one to itself, so that no backbone is in its memory.
+PROCESSES = (("data", "capture", "label"), ("train",), ("calibrate", "evaluate", "export"))
 _PR_SET_PDEATHSIG = 1
 _FAILED = 2
 
@@ -45,8 +47,8 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name in Settings.model_fields}
 
 
-def _in_fork(step: str, out: Path, settings: Any) -> int:
-    """Run a step in a process of its own: its memory is its own, and goes back when it ends. Its exit status.
+def _in_fork(steps: Sequence[str], out: Path, settings: Any) -> int:
+    """Run steps in a process of their own: its memory is its own, and goes back when it ends. Its exit status.
 
     A fork instead of a new program, so that torch is imported once.
     """
@@ -57,10 +59,10 @@ def _in_fork(step: str, out: Path, settings: Any) -> int:
     if child == 0:
         code = 1
         try:
-            # If this process is killed outright the step must not go on writing.
+            # If the parent is killed outright the steps must not go on writing.
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() == parent:
-                code = _step(step, out, settings)
+                code = _steps(steps, out, settings)
         except KeyboardInterrupt:
             code = 130
         except BaseException:
@@ -73,11 +75,12 @@ def _in_fork(step: str, out: Path, settings: Any) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def _step(step: str, out: Path, settings: Any) -> int:
+def _steps(steps: Sequence[str], out: Path, settings: Any) -> int:
     from indexer_training.workspace import run_step
 
     try:
-        run_step(step, out, settings)
+        for step in steps:
+            run_step(step, out, settings)
     except LsaError as error:
         print(f"vllm-lsa: {error}", file=sys.stderr)
         return _FAILED
@@ -86,13 +89,15 @@ def _step(step: str, out: Path, settings: Any) -> int:
 
 def _prepare(args: argparse.Namespace) -> tuple[Any, Any]:
     """The settings, stored, and the lock on the folder."""
+    from indexer_training.documents import SUFFIXES, find_files
     from indexer_training.settings import resolve, write_settings
     from indexer_training.workspace import Workspace
 
     leads = os.environ.get("RANK", "0") == "0"
     settings = resolve(args.out, _given(args))
-    if not Path(settings.text).is_dir():
-        raise LsaError(f"--text {settings.text} is not a folder")
+    for name, folder in (("text", settings.text), ("heldout", settings.heldout)):
+        if folder and not (Path(folder).is_dir() and find_files(Path(folder))):
+            raise LsaError(f"--{name} {folder} is no folder with documents: {', '.join(SUFFIXES)} are read")
     lock = None
     if leads:
         lock = Workspace(args.out, settings).lock()
@@ -102,13 +107,11 @@ def _prepare(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """All steps."""
-    from indexer_training.settings import STEPS
-
     settings, lock = _prepare(args)
-    import torch  # noqa: F401 - once for all steps
+    import torch  # noqa: F401 - once for all processes
 
-    for step in STEPS:
-        code = _in_fork(step, args.out, settings)
+    for steps in PROCESSES:
+        code = _in_fork(steps, args.out, settings)
         if code:
             return code if code > 0 else 1
     if lock is not None:
@@ -127,7 +130,7 @@ def step_main(step: str, argv: Sequence[str] | None = None) -> None:
     except LsaError as error:
         print(f"vllm-lsa: {error}", file=sys.stderr)
         sys.exit(_FAILED)
-    sys.exit(_step(step, args.out, settings))
+    sys.exit(_steps([step], args.out, settings))
 
 
 def add_command(subparsers: Any) -> None:

@@ -18,9 +18,7 @@ class Masses(NamedTuple):
     rest: torch.Tensor
 
 
-def chunk_logits(
-    query: torch.Tensor, keys: torch.Tensor, scale: float, chunk_tokens: int, first: int
-) -> torch.Tensor:
+def chunk_logits(query: torch.Tensor, keys: torch.Tensor, scale: float, chunk_tokens: int, first: int) -> torch.Tensor:
     """Log of the attention mass of chunks, fp32 [Hkv, G, P, n], unnormalised; -inf for chunks after a query.
 
     query: [Hkv · G, P, D], at positions first, first + 1, …. keys: [Hkv, T, D], with T = first + P, n = T /
@@ -49,7 +47,7 @@ def last_usage(logits: torch.Tensor, decay: float) -> torch.Tensor:
     if decay == 1:
         return mass.mean(1)
     ages = torch.arange(mass.shape[1] - 1, -1, -1, device=mass.device)
-    return (mass * (decay**ages.float())[:, None]).amax(1)
+    return (mass * (decay ** ages.float())[:, None]).amax(1)
 
 
 def sparse(mass: torch.Tensor, kept: int, unused: int) -> Masses:

@@ -118,7 +118,7 @@ class Settings(BaseModel):
         return [i for i in range(self.documents) if i not in self.validation] or [0]
 
     def torch_device(self) -> str:
-        """"cpu" or "cuda", that of this process's rank."""
+        """ "cpu" or "cuda", that of this process's rank."""
         if resolve_device(self.device) == "cpu":
             return "cpu"
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
@@ -143,7 +143,7 @@ def choices_of(name: str) -> tuple[str, ...] | None:
 
 
 def resolve_device(device: str) -> str:
-    """"cpu" or "cuda" for "auto". Raises LsaError on another name, or "cuda" where there is none."""
+    """ "cpu" or "cuda" for "auto". Raises LsaError on another name, or "cuda" where there is none."""
     if device not in ("auto", "cpu", "cuda"):
         raise LsaError(f"--device {device} is not known: use cpu, cuda or auto")
     if device == "cpu":

@@ -463,8 +463,8 @@ def test_refusals(runs: Path, model: Path, text: Path, tmp_path: Path, capsys: p
     assert "--context 512, not 256" in refused(["train", "--out", str(runs / "whole"), "--context", "256"])
     assert not new.exists()
     for name, reason in (
-        ("mistral_window", "sliding window"), ("gemma2_softcap", "caps attention logits"), ("gpt_oss_sinks", "layers"),
-        ("deepseek_mla", "latent attention"), ("bert_encoder", "encoder"), ("bloom_alibi", "lacks num_hidden_layers"),
+        ("mistral_window", "sliding window"), ("gemma2_softcap", "caps attention logits"), ("gpt_oss_sinks", "sinks"),
+        ("deepseek_mla", "latent attention"), ("bert_encoder", "encoder"), ("bloom_alibi", "ALiBi"),
         ("whisper_encoder_decoder", "encoder"),
     ):  # fmt: skip
         assert reason in refused(command(new, tiny_models.write(name, tmp_path), text)), name
