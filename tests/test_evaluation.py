@@ -226,11 +226,11 @@ def test_budget_one_is_the_dense_model(folder: Path, model: SparseModel) -> None
 def test_blocks_equal_decoding_token_by_token(folder: Path, model: SparseModel, name: str) -> None:
     # One architecture decodes from a chunk's first token, the other from within a chunk.
     start = 256 if model.model.config.model_type == "llama" else 235
-    rule, tokens = RULES[name], some_tokens(320, seed=1)
+    rule, tokens = RULES[name], some_tokens(384, seed=1)
     naive = Naive(folder, rule, start)
     expected = naive.decode(tokens)
     past = model.prefill(tokens)
-    starts = torch.tensor([192, start])  # another block beside it
+    starts = torch.tensor([192, start, 320])  # other blocks beside it, so that the past goes on after its start
     blocks = blocks_of(tokens, starts, rule.period)
     logits = model.decode_blocks(past, blocks, starts, rule)[1]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)

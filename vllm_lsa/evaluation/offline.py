@@ -410,8 +410,9 @@ class _Block:
             self.valid = place < full  # [P, r, N]
             self.forced = self.valid & ((place < sink) | (place >= full - recency))
             self.eligible = (self.valid & ~self.forced).unsqueeze(1)  # [P, 1, r, N]
-            # The chunk that the block begins in is resident as one of its own.
-            self.fixed = self.forced | (place == full)
+            # A chunk that the block begins within is resident as one of its own, up to the block.
+            within = (self.starts % self.chunk != 0).unsqueeze(-1)
+            self.fixed = self.forced | ((place == full) & within)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """[B, Hq, W, D] of the blocks' queries [B, Hq, W, D], keys and values [B, Hkv, W, D]."""
