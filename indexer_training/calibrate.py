@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from indexer_training.backbone import quiet
 from indexer_training.data import is_synthetic
@@ -71,7 +72,7 @@ def rule_of(settings: Settings, budget: float, **changes: Any) -> Any:
     return SelectionRule(**{**fields, **changes})
 
 
-def measure_damage(work: Workspace, group: Group, tables: ProductTables) -> list[float]:
+def measure_damage(work: Workspace, tables: ProductTables) -> list[float]:
     """KL, nats per token, that each layer does alone when it is sparse, on documents of the training text."""
     from vllm_lsa.evaluation.indexes import Product
     from vllm_lsa.evaluation.offline import SparseModel
@@ -81,15 +82,19 @@ def measure_damage(work: Workspace, group: Group, tables: ProductTables) -> list
     documents = documents[: s.damage_windows]
     model = None
     found = []
-    for i in progress(documents, "damage", group, " windows"):
+    bar = tqdm(total=len(documents) * tables.layers, desc="damage", unit=" layers")
+    for i in documents:
         path = work.folder("calibrate") / f"damage_{i:05d}.json"
         if not path.exists():
             quiet()
             model = model or SparseModel(s.model, s.torch_device(), getattr(torch, s.dtype))
             rule = rule_of(s, s.damage_budget, demand=Product(tables.to(s.torch_device())))
             tokens = load_file(work.shard("data", i))["tokens"].long()
-            write_json(path, model.damage([tokens], rule, every=s.measure_every))
+            write_json(path, model.damage([tokens], rule, every=s.measure_every, progress=lambda _: bar.update()))
+        else:
+            bar.update(tables.layers)
         found.append(json.loads(path.read_text()))
+    bar.close()
     return [sum(values) / len(values) for values in zip(*found, strict=True)]
 
 
@@ -145,7 +150,7 @@ def run(work: Workspace, group: Group) -> dict[str, Any]:
     damage = None
     weights = [1.0] * count
     if s.damage:
-        damage = measure_damage(work, group, tables)
+        damage = measure_damage(work, tables)
         weights = weights_of(damage, s.damage_power)
     else:
         log("calibrate: --no-damage, so every layer gets the same share of a budget")

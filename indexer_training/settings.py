@@ -33,7 +33,7 @@ class Settings(BaseModel):
     documents: int = _field("data", "windows to train with (default: 48 on a GPU, else 16)", ge=1)
     retrieval_share: float = _field("data", "share of the windows that are synthetic retrieval text", 0.3, ge=0, le=1)
     heldout: str = _field("data", "folder of documents to evaluate on (default: documents of --text that are not used)")
-    heldout_documents: int = _field("data", "windows to evaluate on (default: 8 on a GPU, else 3)", ge=1)
+    heldout_documents: int = _field("data", "windows to evaluate on (default: 4 on a GPU, else 3)", ge=1)
 
     dtype: Literal["float32", "bfloat16"] = _field(
         "capture", "of the backbone (default: bfloat16 on a GPU for models of more than 1 GiB, else float32)"
@@ -58,7 +58,7 @@ class Settings(BaseModel):
     rank: int = _field("train", "width of the query side (default: 4 heads' width, at least 256)", ge=1)
     steps: int = _field("train", "optimiser steps (default: 480 on a GPU, else 240)", ge=1)
     cycles: int = _field("train", "cycles per step", 48, ge=1)
-    learning_rate: float = _field("train", "the highest one; it falls along a cosine", 2e-3, gt=0)
+    learning_rate: float = _field("train", "the highest one; it falls along a cosine", 1e-3, gt=0)
     hard_weight: float = _field("train", "weight of hard negatives: used last, not next", 1.5, ge=1)
     save_every: int = _field("", "optimiser steps between two saved states", 50, ge=1)
     budget: float = _field("train", "share of chunks kept where layers' gains are measured", 0.1, gt=0, le=1)
@@ -79,7 +79,7 @@ class Settings(BaseModel):
 
     evaluate: bool = _field("evaluate", "measure quality on held-out documents", True)
     evaluate_budgets: tuple[float, ...] = _field(
-        "evaluate", "shares of chunks to measure at (default: 0.075, 0.1 and 0.135 on a GPU, else 0.1)", min_length=1
+        "evaluate", "shares of chunks to measure at (default: 0.075 and 0.135 on a GPU, else 0.1)", min_length=1
     )
 
     @model_validator(mode="after")
@@ -231,14 +231,14 @@ def _fill(values: dict[str, Any]) -> None:
         )
     default("documents", 48 if gpu else 16)
     default("heldout", "")
-    default("heldout_documents", 8 if gpu else 3)
+    default("heldout_documents", 4 if gpu else 3)
     default("dtype", "bfloat16" if gpu and shape.weight_bytes > 1 << 30 else "float32")
     default("window", period)
     default("first", max(min(512, values["context"] // 4) // period, 1) * period)
     default("rank", min(shape.heads * shape.head_dim, max(256, 4 * shape.head_dim)))
     default("steps", 480 if gpu else 240)
     default("measure_every", 2 if gpu else 4)
-    default("evaluate_budgets", (0.075, 0.1, 0.135) if gpu else (0.1,))
+    default("evaluate_budgets", (0.075, 0.135) if gpu else (0.1,))
     if shape.head_dim % values["subspaces"]:
         raise LsaError(f"--subspaces {values['subspaces']} does not divide the model's head_dim={shape.head_dim}")
 

@@ -28,6 +28,8 @@ from vllm_lsa.indexer.rotary import RopeConfig
 
 PARTS = 2  # a step's gradient is summed in at least so many parts, so that one process sums as two do
 WARM_UP = 20
+MEASURED = 8  # times that the validation windows are looked at, besides once before the first step
+KINDS = ("newest", "usage", "trained", "oracle")
 _MASKED = -1e4
 
 
@@ -203,18 +205,80 @@ def plan(step: int, settings: Settings) -> tuple[int, torch.Tensor]:
     return windows[int(order[place])], cycles.sort().values
 
 
+@torch.no_grad()
+def recall(
+    indexer: MemoryIndexer, windows: Windows, settings: Settings, kinds: tuple[str, ...] = KINDS
+) -> dict[str, list[float]]:
+    """Share of the next window's free attention mass in the chunks that are chosen within the budget, per layer.
+
+    By the newest, by usage, by the trained scores, and by the mass itself (oracle). Mean over cycles of the validation
+    windows, each weighted by its free mass.
+    """
+    caught = torch.zeros(len(kinds) + 1, len(indexer.layers), dtype=torch.float64)
+    for window in settings.validation:
+        batch = windows.batch(window, torch.arange(len(settings.starts)))
+        fixed, chunks = batch.fixed.unsqueeze(1), batch.fixed.shape[1]
+        places = torch.arange(chunks, device=windows.device)
+        held = (batch.fixed & (places < batch.counts.unsqueeze(1))).sum(1) + settings.period // settings.chunk_tokens
+        room = ((settings.budget * batch.counts).long() - held).clamp(min=1)[:, None, None]
+        found = []
+        for layer in indexer.layers:
+            mass = dense(at(batch.upcoming, layer), batch.counts, chunks).masked_fill(fixed, 0)
+            of_layer = []
+            for kind in kinds:
+                score = _score(kind, indexer, batch, layer, mass).masked_fill(fixed, -math.inf)
+                order = score.argsort(dim=-1, descending=True, stable=True)
+                rank = torch.empty_like(order).scatter_(-1, order, places.expand_as(order))
+                of_layer.append((mass * (rank < room)).sum())
+            found.append(torch.stack([*of_layer, mass.sum()]))
+        caught += torch.stack(found, 1).double().cpu()
+    shares = caught[:-1] / caught[-1].clamp(min=1e-12)
+    return {name: [round(float(x), 5) for x in row] for name, row in zip(kinds, shares, strict=True)}
+
+
+def _score(kind: str, indexer: MemoryIndexer, batch: Batch, layer: int, mass: torch.Tensor) -> torch.Tensor:
+    """What one of KINDS ranks chunks by, [S, Hkv, N]; mass: of the window to come."""
+    if kind == "trained":
+        return batch.logits(indexer.layer(layer), layer)
+    if kind == "usage":
+        return dense(at(batch.last, layer), batch.counts, mass.shape[-1])
+    return mass if kind == "oracle" else torch.arange(mass.shape[-1], device=mass.device).float().expand_as(mass)
+
+
+class Best:
+    """The weights of each layer as they were when its scores were best on the validation windows.
+
+    Layers are trained side by side but have nothing to do with each other, and some learn by heart before others.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.recall = [-1.0] * layers
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def note(self, indexer: MemoryIndexer, windows: Windows, settings: Settings) -> None:
+        """Measure the indexer as it is now."""
+        for layer, value in enumerate(recall(indexer, windows, settings, ("trained",))["trained"]):
+            if value > self.recall[layer]:
+                self.recall[layer] = value
+                names = indexer.layer(layer).state_dict(prefix=f"retrievers.l{layer}.")
+                self.weights |= {name: x.detach().clone() for name, x in names.items()}
+
+
 def train(indexer: MemoryIndexer, work: Workspace, windows: Windows, group: Group) -> dict[str, Any]:
-    """All optimiser steps, from the last saved state on; the loss of each step since."""
+    """All optimiser steps, from the last saved state on. Then the leader has the best weights of each layer."""
     s = work.settings
     parameters = [p for p in indexer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=s.learning_rate, weight_decay=0.0, eps=1e-7, foreach=True)
     path = work.folder("train") / "state.pt"
-    first = 0
+    first, best = 0, Best(len(indexer.layers))
     if path.exists():
         state = torch.load(path, map_location=windows.device, weights_only=True)
         indexer.load_state_dict(state["indexer"])
         optimizer.load_state_dict(state["optimizer"])
-        first = int(state["step"])
+        first, best.recall, best.weights = int(state["step"]), state["recall"], state["best"]
+    elif group.leads:
+        best.note(indexer, windows, s)
+    every = max(1, s.steps // MEASURED)
     parts = max(PARTS, group.size)
     losses = []
     for step in progress(range(first, s.steps), "train", group, " steps", first):
@@ -235,44 +299,18 @@ def train(indexer: MemoryIndexer, work: Workspace, windows: Windows, group: Grou
             options["lr"] = learning_rate(step, s)
         optimizer.step()
         losses.append(total)
+        if group.leads and ((step + 1) % every == 0 or step + 1 == s.steps):
+            best.note(indexer, windows, s)
         if group.leads and (step + 1) % s.save_every == 0 and step + 1 < s.steps:
             unfinished = path.with_name(path.name + ".unfinished")
             content = {"step": step + 1, "indexer": indexer.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(content, unfinished)
+            torch.save({**content, "recall": best.recall, "best": best.weights}, unfinished)
             os.replace(unfinished, path)
+    if group.leads:
+        indexer.load_state_dict(best.weights)
     values = [float(x) for x in losses]
     some = max(1, len(values) // 10)
     return {"loss_first": sum(values[:some]) / some, "loss_last": sum(values[-some:]) / some} if values else {}
-
-
-@torch.no_grad()
-def recall(indexer: MemoryIndexer, windows: Windows, settings: Settings) -> dict[str, list[float]]:
-    """Share of the next window's free attention mass in the chunks that are chosen within the budget, per layer.
-
-    By the newest, by usage, by the trained scores, and by the mass itself (oracle). Mean over cycles of the validation
-    windows, each weighted by its free mass.
-    """
-    names = ("newest", "usage", "trained", "oracle")
-    caught = torch.zeros(len(names) + 1, len(indexer.layers), dtype=torch.float64)
-    for window in settings.validation:
-        batch = windows.batch(window, torch.arange(len(settings.starts)))
-        fixed, chunks = batch.fixed.unsqueeze(1), batch.fixed.shape[1]
-        past = torch.arange(chunks, device=windows.device) < batch.counts.unsqueeze(1)
-        held = (batch.fixed & past).sum(1) + settings.period // settings.chunk_tokens
-        room = ((settings.budget * batch.counts).long() - held).clamp(min=1)[:, None, None]
-        for layer in indexer.layers:
-            mass = dense(at(batch.upcoming, layer), batch.counts, chunks).masked_fill(fixed, 0)
-            usage = dense(at(batch.last, layer), batch.counts, chunks)
-            newest = torch.arange(chunks, device=windows.device).float().expand_as(mass)
-            scores = (newest, usage, batch.logits(indexer.layer(layer), layer), mass)
-            for row, score in enumerate(scores):
-                order = score.masked_fill(fixed, -math.inf).argsort(dim=-1, descending=True, stable=True)
-                places = torch.arange(chunks, device=order.device).expand_as(order)
-                rank = torch.empty_like(order).scatter_(-1, order, places)
-                caught[row, layer] += float((mass * (rank < room)).sum())
-            caught[-1, layer] += float(mass.sum())
-    shares = caught[:-1] / caught[-1].clamp(min=1e-12)
-    return {name: [round(float(x), 5) for x in row] for name, row in zip(names, shares, strict=True)}
 
 
 def choose_layers(found: dict[str, list[float]], min_gain: float) -> list[int]:

@@ -16,14 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from indexer_training import masses
+from indexer_training import masses, train
 from indexer_training.backbone import Rotary, unsuited
 from indexer_training.capture import Recorder
 from indexer_training.data import is_synthetic
+from indexer_training.distributed import Group
 from indexer_training.label import counts_of, forced_of, labels
 from indexer_training.product import fit_layer
 from indexer_training.settings import STEPS, Settings, resolve
 from indexer_training.train import Batch, choose_layers, loss_of
+from indexer_training.workspace import Workspace, write_json, write_tensors
 from tests import tiny_models
 from tests.paths import MODEL, ROOT
 from vllm_lsa import cli
@@ -378,6 +380,51 @@ def test_losses(loss: str) -> None:
     for found in (plain, harder):
         assert found[0] == 0 and found[2] < 0 and found[4] > 0
     assert harder[4] / harder[5] > 2.5 * (plain[4] / plain[5])
+
+
+@pytest.mark.parametrize("loss", ["soft", "bce"])
+def test_it_learns(loss: str, tmp_path: Path) -> None:
+    """Attention that a hidden map of the query decides, while usage says nothing: learned on windows not trained on."""
+    (tmp_path / "model").mkdir()
+    write_json(tmp_path / "model" / "config.json", {
+        "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1, "hidden_size": HEADS * DIM, "head_dim": DIM,
+        "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+    })  # fmt: skip
+    (tmp_path / "model" / "model.safetensors").touch()
+    s = small_settings(
+        model=str(tmp_path / "model"), context=1024, documents=16, steps=160, rank=HEADS * DIM, loss=loss, kept=64,
+        budget=0.3, learning_rate=4e-3, hard_weight=1.0,
+    )  # fmt: skip
+    work = Workspace(tmp_path, s)
+    write_tensors(
+        work.folder("capture") / "model.safetensors", {"inv_freq": torch.zeros(1, DIM // 2)},
+        {"rotary": json.dumps({"scaling": 1.0, "style": "halves", "dims": DIM})},
+    )  # fmt: skip
+    counts, unused = counts_of(s), s.chunks - 1
+    g = torch.Generator().manual_seed(0)
+    hidden_map = torch.linalg.qr(torch.randn(HEADS * DIM, HEADS * DIM, generator=g))[0]
+    later = torch.arange(s.chunks) >= counts[:, None, None]
+    for i in range(s.documents):
+        x = torch.randn(len(counts), HEADS * DIM, generator=g)
+        keys = torch.randn(s.chunks, KV_HEADS, DIM, generator=g)
+        q = (x @ hidden_map).view(len(counts), KV_HEADS, -1, DIM)
+        mass = (torch.einsum("shgd,nhd->shgn", q, keys) * 0.7).masked_fill(later[:, :, None], -torch.inf).softmax(-1)
+        usage = torch.rand(len(counts), KV_HEADS, s.chunks, generator=g).masked_fill(later, 0)
+        upcoming = masses.sparse(mass.mean(2), s.kept, unused)
+        last = masses.sparse(usage / usage.sum(-1, keepdim=True), s.kept, unused)
+        both = [masses.Masses(*(part[None] for part in found)) for found in (upcoming, last)]
+        positive, hard = labels(*both, forced_of(s, counts), s.top_p)
+        parts = masses.Masses._fields
+        content = {f"{n}_{p}": getattr(m, p) for n, m in zip(("next", "last"), both, strict=True) for p in parts}
+        nothing = {name: torch.zeros(1) for name in ("query_moment", "key_sum", "key_sample")}
+        write_tensors(
+            work.shard("capture", i), {**content, "query": x[None].half(), "keys": keys[None].half()} | nothing
+        )
+        write_tensors(work.shard("label", i), {"positive": positive.byte(), "hard": hard.byte()})
+    facts = train.run(work, Group("train", "cpu"))
+    found = facts["recall"]
+    assert found["trained"] > found["usage"] + 0.2 and found["oracle"] > found["trained"]
+    assert facts["loss_last"] < facts["loss_first"]
 
 
 def test_product_tables_fit() -> None:
