@@ -12,6 +12,7 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 from transformers.masking_utils import AttentionMaskInterface
 
+from tests import random_checkpoint
 from tests.paths import DOCUMENT, MODEL
 from vllm_lsa import cli
 from vllm_lsa.errors import LsaError
@@ -462,6 +463,16 @@ def test_command(spoken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     again = json.loads((out / "results.json").read_text())
     for name in ("quality", "tasks", "recall"):
         assert again[name] == results[name]
+
+    # A checkpoint: the rest is there, what it adds is measured.
+    checkpoint = random_checkpoint.write(tmp_path / "checkpoint", 1, 4, 2, 16, 8, period=64)
+    trained = ["--methods", "dense,lsa,lookahead", "--indexer", str(checkpoint), "--tasks", "0"]
+    assert cli.main([*command, *trained]) == 0
+    results = json.loads((out / "results.json").read_text())
+    index = {row["method"]: row["bytes_index"] for row in results["quality"]}
+    assert index == {"dense": 0.0, "lsa": 4 / 64, "lookahead": 4 / 64}
+    assert results["table_bytes"] > 0 and results["methods"]["lsa"]["demand"] == "product"
+    assert {row["lookahead"] for row in results["recall"]} == {"newest", "usage", "trained"}
     capsys.readouterr()
 
     for bad, said in (

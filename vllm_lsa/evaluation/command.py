@@ -6,6 +6,21 @@ from typing import Any
 
 from vllm_lsa.errors import LsaError
 
+METHODS = {
+    "dense": "attention to everything",
+    "lsa": "trained lookahead (usage without --indexer) and demand",
+    "lookahead": "trained lookahead, no demand; needs --indexer",
+    "demand": "starts from the newest chunks, then demand",
+    "demand_alone": "starts from forced chunks, then demand",
+    "usage+demand": "starts from what was used, then demand",
+    "recency": "the newest chunks",
+    "recency+demand": "another name for demand",
+    "random": "any chunks",
+    "mean_key": "by the chunk's mean key, for the last query of a period",
+    "quest": "by Quest's bound, likewise",
+}
+DEFAULT_METHODS = ("dense", "lsa", "lookahead", "demand", "recency", "random", "mean_key", "quest")
+
 _RULE_OPTIONS: dict[str, tuple[type, str]] = {
     "chunk_tokens": (int, "tokens of a chunk, a divisor of 64 (default: 16, with demand 8 or the checkpoint's)"),
     "sink_tokens": (int, "tokens at the start that are always resident (default: 16)"),
@@ -56,13 +71,17 @@ def add_command(subparsers: Any) -> None:
     parser = subparsers.add_parser("eval", help=text, description=text)
     parser.add_argument("--model", required=True, type=Path, help="folder of a Hugging Face model")
     parser.add_argument("--text", required=True, type=Path, help="folder of long documents (.txt, .md, .jsonl, …)")
-    parser.add_argument("--indexer", type=Path, metavar="CKPT", help="checkpoint that 'vllm-lsa train' wrote")
+    parser.add_argument(
+        "--indexer", type=Path, metavar="CKPT", help="checkpoint that 'vllm-lsa train' wrote, or a shipped one's name"
+    )
     parser.add_argument("--out", required=True, type=Path, help="folder of the results; finished parts are not redone")
     parser.add_argument(
         "--budgets", type=_shares, default="0.10,0.135,0.16,0.20", help="device bytes, index included, over KV bytes"
     )
     parser.add_argument("--contexts", type=_counts, default="2048,4096,8192", help="tokens of a window")
-    parser.add_argument("--methods", type=_names, help="some of the methods that the documentation lists (default: 8)")
+    parser.add_argument(
+        "--methods", type=_names, help=f"some of {', '.join(METHODS)} (default: {', '.join(DEFAULT_METHODS)})"
+    )
     parser.add_argument("--documents", type=int, default=8, help="documents to measure NLL, KL and top-1 on")
     parser.add_argument("--tasks", type=int, default=10, help="samples of each retrieval task")
     parser.add_argument("--recall", type=int, default=2, help="documents to measure recall of the lookaheads on")

@@ -9,27 +9,14 @@ from typing import Any
 import torch
 
 from vllm_lsa.errors import LsaError
+from vllm_lsa.evaluation.command import METHODS
 from vllm_lsa.evaluation.indexes import FourBit, KeyIndex, MeanKey, Product
 from vllm_lsa.evaluation.rule import SelectionRule
 from vllm_lsa.indexer import MemoryIndexer
 from vllm_lsa.indexer.checkpoint import CONFIG, WEIGHTS
 from vllm_lsa.indexer.fingerprint import fingerprint_of
 from vllm_lsa.indexer.product import ProductTables
-
-METHODS = {
-    "dense": "attention to everything",
-    "lsa": "trained lookahead (usage without --indexer) and demand",
-    "lookahead": "trained lookahead, no demand; needs --indexer",
-    "demand": "starts from the newest chunks, then demand",
-    "demand_alone": "starts from forced chunks, then demand",
-    "usage+demand": "starts from what was used, then demand",
-    "recency": "the newest chunks",
-    "recency+demand": "another name for demand",
-    "random": "any chunks",
-    "mean_key": "by the chunk's mean key, for the last query of a period",
-    "quest": "by Quest's bound, likewise",
-}
-DEFAULT_METHODS = ("dense", "lsa", "lookahead", "demand", "recency", "random", "mean_key", "quest")
+from vllm_lsa.indexer.trained import find
 
 
 @dataclass(frozen=True)
@@ -43,7 +30,11 @@ class Trained:
 
 
 def load_trained(path: Path, model: Path, device: torch.device) -> Trained:
-    """The checkpoint in `path`. Raises LsaError in one line if it is damaged, or was made for another model."""
+    """The checkpoint in `path`, or the shipped one of that name.
+
+    Raises LsaError in one line if it is damaged, or was made for another model.
+    """
+    path = find(str(path)) or path
     indexer = MemoryIndexer.load(path, device)
     indexer.require_backbone(fingerprint_of(model))
     files = [path / CONFIG, path / WEIGHTS] if path.is_dir() else [path]

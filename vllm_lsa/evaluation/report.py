@@ -230,10 +230,11 @@ def _draw_quality(path: Path, rows: Sequence[Row], caption: str) -> None:
             if dense:
                 axis.axhline(dense[0], color="black", linewidth=1, linestyle=":", label="dense")
             for method in methods:
-                points = sorted((r["bytes_total"], r[name], r) for r in here if r["method"] == method and name in r)
-                if not points:
+                found = [row for row in here if row["method"] == method and name in row]
+                if not found:
                     continue
-                x, y, found = zip(*points, strict=True)
+                found.sort(key=lambda row: row["bytes_total"])
+                x, y = [row["bytes_total"] for row in found], [row[name] for row in found]
                 axis.plot(x, y, marker="o", markersize=3, color=colours[method], label=method)
                 if name == "dnll_percent":
                     low, high = [r["dnll_low"] for r in found], [r["dnll_high"] for r in found]

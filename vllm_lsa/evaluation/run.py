@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from vllm_lsa.errors import LsaError
 from vllm_lsa.evaluation import report
-from vllm_lsa.evaluation.methods import DEFAULT_METHODS, Trained, at_total, load_trained, make_rules
+from vllm_lsa.evaluation.command import DEFAULT_METHODS
+from vllm_lsa.evaluation.methods import Trained, at_total, load_trained, make_rules
 from vllm_lsa.evaluation.offline import SparseModel
 from vllm_lsa.evaluation.quality import (
     DocumentQuality,
