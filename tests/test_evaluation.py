@@ -16,6 +16,7 @@ from tests import random_checkpoint
 from tests.paths import DOCUMENT, MODEL
 from vllm_lsa import cli
 from vllm_lsa.errors import LsaError
+from vllm_lsa.evaluation import report
 from vllm_lsa.evaluation.indexes import Exact, FourBit, KeyIndex, MeanKey, Product, Quest
 from vllm_lsa.evaluation.methods import at_total, make_rules, resident_share
 from vllm_lsa.evaluation.offline import SparseModel, kl
@@ -467,7 +468,10 @@ def test_command(spoken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     # A checkpoint: the rest is there, what it adds is measured.
     checkpoint = random_checkpoint.write(tmp_path / "checkpoint", 1, 4, 2, 16, 8, period=64)
     trained = ["--methods", "dense,lsa,lookahead", "--indexer", str(checkpoint), "--tasks", "0"]
+    before = len((out / "records.jsonl").read_text().splitlines())
     assert cli.main([*command, *trained]) == 0
+    added = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()[before:]]
+    assert "dense" not in {record["method"] for record in added}
     results = json.loads((out / "results.json").read_text())
     index = {row["method"]: row["bytes_index"] for row in results["quality"]}
     assert index == {"dense": 0.0, "lsa": 4 / 64, "lookahead": 4 / 64}
@@ -486,6 +490,31 @@ def test_command(spoken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert cli.main([*command, *bad]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("vllm-lsa: ") and said in error
+
+
+def test_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    quality = [
+        {
+            "context": c,
+            "budget": b,
+            "method": m,
+            "bytes_total": b,
+            "dnll_percent": x,
+            "dnll_low": x - 1,
+            "dnll_high": x + 2,
+        }
+        for c in (512, 1024)
+        for m, b, x in (("dense", 1.0, 0.0), ("lsa", 0.1, 3.0), ("lsa", 0.2, 3.0), ("quest", 0.1, 40.0))
+    ]
+    recall = [
+        {"context": 512, "budget": b, "lookahead": "usage", "layer": i, "mass": 0.5, "oracle": 0.6}
+        for b in (0.1, 0.2)
+        for i in range(3)
+    ]
+    about = {"model": {"path": "m"}, "machine": {"device": "cpu"}, "date": "today"}
+    assert report.draw(tmp_path, {"quality": quality, "recall": recall}, about) == ", quality.png, recall.png"
+    assert (tmp_path / "quality.png").stat().st_size and (tmp_path / "recall.png").stat().st_size
 
 
 def test_help_imports_no_torch() -> None:

@@ -218,7 +218,12 @@ def _draw_quality(path: Path, rows: Sequence[Row], caption: str) -> None:
     measures = [("dnll_percent", "ΔNLL, %"), ("before", "right, question before"), ("inside", "right, question inside")]
     measures = [(name, label) for name, label in measures if any(name in row for row in rows)]
     figure, axes = pyplot.subplots(
-        len(measures), len(contexts), squeeze=False, figsize=(5 * len(contexts), 3.6 * len(measures)), sharex="col"
+        len(measures),
+        len(contexts),
+        squeeze=False,
+        figsize=(5 * len(contexts), 3.6 * len(measures)),
+        sharex="col",
+        layout="constrained",
     )
     methods = [name for name in dict.fromkeys(row["method"] for row in rows) if name != "dense"]
     colours = {name: f"C{i}" for i, name in enumerate(methods)}
@@ -235,12 +240,16 @@ def _draw_quality(path: Path, rows: Sequence[Row], caption: str) -> None:
                     continue
                 found.sort(key=lambda row: row["bytes_total"])
                 x, y = [row["bytes_total"] for row in found], [row[name] for row in found]
-                axis.plot(x, y, marker="o", markersize=3, color=colours[method], label=method)
+                style = {"marker": "o", "markersize": 3, "color": colours[method], "label": method}
                 if name == "dnll_percent":
-                    low, high = [r["dnll_low"] for r in found], [r["dnll_high"] for r in found]
-                    axis.fill_between(x, low, high, color=colours[method], alpha=0.12, linewidth=0)
+                    below = [row[name] - row["dnll_low"] for row in found]
+                    above = [row["dnll_high"] - row[name] for row in found]
+                    axis.errorbar(x, y, yerr=(below, above), elinewidth=0.7, capsize=2, **style)
+                else:
+                    axis.plot(x, y, **style)
             if name == "dnll_percent":
                 axis.set_yscale("symlog", linthresh=1)
+                axis.yaxis.set_major_formatter(pyplot.ScalarFormatter())
             axis.set_ylabel(label)
             axis.grid(alpha=0.3)
             if line == 0:
@@ -262,6 +271,7 @@ def _draw_recall(path: Path, rows: Sequence[Row], caption: str) -> None:
         len(contexts),
         squeeze=False,
         figsize=(2 + (2 + 0.12 * layers) * len(contexts), 1.6 * len(lookaheads) + 1),
+        layout="constrained",
     )
     picture = None
     for column, context in enumerate(contexts):
@@ -283,15 +293,13 @@ def _draw_recall(path: Path, rows: Sequence[Row], caption: str) -> None:
             axis.set_title(f"{lookahead}, {context} tokens", fontsize=8)
         axes[-1][column].set_xlabel("layer")
     if picture is not None:
-        figure.colorbar(picture, ax=axes, label="recalled share of the next 64 tokens' mass outside forced chunks")
-    _save(figure, path, caption, tight=False)
+        figure.colorbar(picture, ax=axes, label="recalled share of the next period's mass\noutside forced chunks")
+    _save(figure, path, caption)
 
 
-def _save(figure: Any, path: Path, caption: str, tight: bool = True) -> None:
+def _save(figure: Any, path: Path, caption: str) -> None:
     from matplotlib import pyplot
 
-    figure.text(0.01, 0.002, caption, fontsize=6, color="grey")
-    if tight:
-        figure.tight_layout(rect=(0, 0.01, 1, 1))
+    figure.supxlabel(caption, fontsize=6, color="grey", x=0.01, ha="left")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

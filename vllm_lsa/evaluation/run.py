@@ -16,6 +16,7 @@ from tqdm import tqdm
 from vllm_lsa.errors import LsaError
 from vllm_lsa.evaluation import report
 from vllm_lsa.evaluation.command import DEFAULT_METHODS
+from vllm_lsa.evaluation.indexes import Product
 from vllm_lsa.evaluation.methods import Trained, at_total, load_trained, make_rules
 from vllm_lsa.evaluation.offline import SparseModel
 from vllm_lsa.evaluation.quality import (
@@ -30,6 +31,7 @@ from vllm_lsa.evaluation.quality import (
 )
 from vllm_lsa.evaluation.rule import SelectionRule
 from vllm_lsa.evaluation.suite import Task, make_suite
+from vllm_lsa.indexer import MemoryIndexer
 from vllm_lsa.indexer.fingerprint import fingerprint_of
 
 RECORDS = "records.jsonl"
@@ -122,10 +124,13 @@ class Evaluation:
 
     def what(self, kind: str, cell: Cell, context: int, part: Mapping[str, Any]) -> dict[str, Any]:
         """Everything that decides a part's result."""
+        rule, trained = cell.rule, self.trained
+        # What does not use the checkpoint stays when another one is given.
+        uses = rule is not None and (isinstance(rule.lookahead, MemoryIndexer) or isinstance(rule.demand, Product))
         return {
             "kind": kind, "method": cell.method, "budget": cell.budget, "context": context, **part,
-            "rule": cell.rule.describe() if cell.rule is not None else None, "backbone": self.backbone,
-            "trained": self.trained.digest if self.trained is not None else None, "dtype": self.args.dtype,
+            "rule": rule.describe() if rule is not None else None, "backbone": self.backbone,
+            "trained": trained.digest if trained is not None and uses else None, "dtype": self.args.dtype,
         }  # fmt: skip
 
     def check_time(self) -> None:
