@@ -47,6 +47,11 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name in Settings.model_fields}
 
 
+def _die_with_parent() -> None:
+    """If the process above this one is killed outright, this one must not go on writing."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _in_fork(steps: Sequence[str], out: Path, settings: Any) -> int:
     """Run steps in a process of their own: its memory is its own, and goes back when it ends. Its exit status.
 
@@ -59,8 +64,7 @@ def _in_fork(steps: Sequence[str], out: Path, settings: Any) -> int:
     if child == 0:
         code = 1
         try:
-            # If the parent is killed outright the steps must not go on writing.
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            _die_with_parent()
             if os.getppid() == parent:
                 code = _steps(steps, out, settings)
         except KeyboardInterrupt:
@@ -107,6 +111,8 @@ def _prepare(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """All steps."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _die_with_parent()
     settings, lock = _prepare(args)
     import torch  # noqa: F401 - once for all processes
 

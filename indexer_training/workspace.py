@@ -149,6 +149,9 @@ def run_step(step: str, out: Path, settings: Settings) -> None:
         group.close()
         return
     resumed = (out / "work" / step).exists()
+    if group.leads:
+        for left in work.folder(step).glob("*.unfinished"):
+            left.unlink()
     group.barrier()
     module = importlib.import_module(f"indexer_training.{step}")
     facts = module.run(work, group) or {}

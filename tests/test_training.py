@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +73,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(4):
         (folder / f"{i}.txt").write_text(whole[i * 6000 : (i + 1) * 6000], encoding="utf-8")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """What is computed here is too small for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def command(out: Path, model: Path, text: Path, **changes: Any) -> list[str]:
@@ -520,6 +530,16 @@ def test_refusals(runs: Path, model: Path, text: Path, tmp_path: Path, capsys: p
     with pytest.raises(LsaError, match="steps"):
         resolve(runs / "whole", {"steps": 25})
     assert resolve(runs / "whole", {}).steps == 24 and resolve(runs / "whole", {"steps": 24}).rank == 24
+
+
+def test_one_run_at_a_time(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Workspace(runs / "whole", settings_of(runs / "whole"))
+    with work.lock():
+        monkeypatch.setattr("indexer_training.workspace._PATIENCE", 0.2)
+        with pytest.raises(LsaError, match="in use by another run"):
+            work.lock()
+    work.lock().close()
+    assert not list((runs / "killed").rglob("*.unfinished"))
 
 
 def test_help_is_quick() -> None:
