@@ -38,7 +38,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["vllm_lsa", "vllm_lsa.*", "indexer_training", "indexer_training.*"]),
-    package_data={"vllm_lsa.demo": ["*.txt", "*.md"]},
+    package_data={"vllm_lsa.demo": ["*.txt", "*.md"], "vllm_lsa": ["checkpoints/*/*"]},
     ext_modules=[Extension("vllm_lsa.ops._cpu", sources=[])],
     cmdclass={"build_ext": BuildKernels},
     install_requires=["torch", "numpy", "pydantic>=2", "prometheus_client", "psutil", "safetensors"],

@@ -2,7 +2,8 @@
 
 One engine serves all: its index cells hold every index, and policy and demand are exchanged between runs, so that the
 prompts are prefilled once and found in the prefix cache afterwards.
-SPEC: {"prompts": [token ids, …], "steps", "runs": [{"indexer", "demand", "sets", "mode", "lead"}, …], "lsa": settings}.
+SPEC: {"checkpoint": folder, "prompts": [token ids, …], "steps", "runs": [{"indexer", "demand", "sets", "mode", "lead"},
+…], "lsa": settings}.
 OUT: a list, one entry a run: {"worst": largest |logit difference|, "beyond": share of logits over 1e-4,
 "steps", "cycles", "demanded", "widest": share, "seconds"}.
 """
@@ -10,6 +11,7 @@ OUT: a list, one entry a run: {"worst": largest |logit difference|, "beyond": sh
 import json
 import sys
 import time
+from pathlib import Path
 
 import torch
 from vllm import LLM, SamplingParams
@@ -19,26 +21,36 @@ from tests.paths import MODEL
 from vllm_lsa import engine as engine_module
 from vllm_lsa.config import LsaConfig
 from vllm_lsa.indexer.layout import IndexLayout
+from vllm_lsa.indexer.trained import load
 from vllm_lsa.plugin.runtime import Runtime
 from vllm_lsa.residency.demand import make_demand
 from vllm_lsa.residency.policies import make_policy
+
+CHECKPOINT = Path()
+TRAINED = "trained"  # an indexer of this name is the checkpoint that the spec names
 
 
 def every_index(config: LsaConfig, chunk: int, dim: int, dtype: torch.dtype, device: torch.device) -> IndexLayout:
     parts = [make_policy(n, chunk, dim, dtype).index for n in ("mean_key", "quest")]
     parts.append(make_demand("four_bit", chunk, dim, dtype).index)
+    parts.append(make_demand("product", chunk, dim, dtype, load(CHECKPOINT, str(device))).index)
     return IndexLayout([part for part in parts if part is not None])
 
 
 def exchange(engine, settings: dict) -> LsaConfig:
     """Give an idle engine another policy, demand and cycle."""
     assert not engine.mirror.requests
+    if settings["indexer"] == TRAINED:
+        settings = {**settings, "indexer": str(CHECKPOINT)}
     config = engine.config.model_copy(update=settings)
     g = engine.geometry
     engine.config = engine.lookahead._config = config
-    engine._policy = make_policy(config.indexer, g.chunk_tokens, g.head_dim, g.dtype)
-    engine._demand = engine.attention._demand = make_demand(config.demand, g.chunk_tokens, g.head_dim, g.dtype)
-    engine.lookahead.__init__(config, g, engine.pool, engine.transfers, engine._select, engine._max_requests)
+    kind = (g.chunk_tokens, g.head_dim, g.dtype)
+    trained = engine_module.load_trained(config, engine._device)
+    engine._policy = make_policy(config.indexer, *kind, trained)
+    engine._demand = engine.attention._demand = make_demand(config.demand, *kind, trained)
+    weights = None if trained is None else trained.config.layer_weights
+    engine.lookahead.__init__(config, g, engine.pool, engine.transfers, engine._select, engine._max_requests, weights)
     return config
 
 
@@ -52,7 +64,9 @@ def prefill(oracle: Oracle, prompts: list[list[int]]) -> list[Cache]:
 
 
 def main() -> None:
+    global CHECKPOINT
     spec = json.load(open(sys.argv[1]))
+    CHECKPOINT = Path(spec["checkpoint"]).resolve()
     engine_module.index_layout = every_index
     llm = LLM(
         str(MODEL),

@@ -130,6 +130,8 @@ class LayerAttention:
             self._replacement.choose(resident.lane(lane)[0], mass[n], usage[n], int(row.caps[lane]))
             for n, lane in enumerate(range(lanes.start, lanes.stop))
         ]
+        if not any(len(x) for pair in chosen for x in pair):
+            return
         leaving = [resident.slots[lane, entries] for lane, (entries, _) in enumerate(chosen, lanes.start)]
         self._pool.release(np.concatenate(leaving).astype(np.int64))
         pages = np.concatenate(
