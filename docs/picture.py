@@ -49,14 +49,14 @@ box(
     "lookahead scheduler",
     "who keeps all, who keeps a\nselected set; every period steps\npolicy + select(), then fetch",
 )
-box(102, 66, 23, 10, "step plan", "per layer: slot tables,\nhost pages, prompt rows,\nchunks that become full")
+box(102, 66, 23, 10, "step plan", "per lane: slot tables,\nhost pages, prompt rows,\nchunks that become full")
 for x0, x1 in ((27, 36), (58, 67), (93, 102)):
     path([(x0, 71), (x1, 71)])
 
 band(40, 20, "each layer: q, k, v in, out comes back", "#eaf1f7")
 box(5, 43, 21, 11.5, "1 write-through", "k, v of the new tokens,\nRoPE applied, to both\ntiers", KV)
 box(29.5, 43, 21, 11.5, "2 index cells", "of the chunks that this\nstep completes", INDEX)
-box(54, 43, 21, 11.5, "3 demand", "q against the cells:\nbest chunks that are\nnot resident", INDEX)
+box(54, 43, 21, 11.5, "3 demand", "q against the cells:\nabsent chunks come in,\nthe least used leave", INDEX)
 box(78.5, 43, 21, 11.5, "4 resident decode", "attention over the slots\nin the row's table:\nout, log-sum-exp", KV)
 box(
     103,
@@ -74,10 +74,10 @@ label(64, 63.1, "plan", CONTROL, "center")
 
 band(19, 16.5, "device memory", "#f8efe4")
 box(29.5, 21, 25, 9.5, "index cells", "vLLM's paged KV cache,\na cell per chunk and KV head", INDEX)
-box(62, 21, 36, 9.5, "slot pool", "pages of resident chunks, any layer in any slot;\npinned, cached (LRU) or free", KV)
-box(104, 21, 20, 9.5, "staging", "two halves of 256 pages\nthat take turns", KV)
+box(62, 21, 36, 9.5, "slot pool", "pages of resident chunks, any lane in any slot;\npinned, cached (LRU) or free", KV)
+box(104, 21, 20, 9.5, "staging", "two halves of 4,096 tokens\nthat take turns", KV)
 band(2, 12.5, "host memory", "#e9f2e8")
-box(29.5, 3.2, 84.5, 8.6, "host store", "all pages of every block; a row per vLLM block id, its layers together", KV)
+box(29.5, 3.2, 84.5, 8.6, "host store", "all pages of every block; a row per vLLM block id, its lanes together", KV)
 
 path([(11, 43), (11, 7.5), (29.5, 7.5)], KV)
 label(12, 27, "k, v", KV)
