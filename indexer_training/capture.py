@@ -14,7 +14,6 @@ and capture/model.safetensors: inv_freq, float64 [L, dims / 2]; its metadata hol
 """
 
 import json
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,9 @@ from indexer_training.distributed import Group
 from indexer_training.settings import Settings
 from indexer_training.workspace import Workspace, progress, write_tensors
 from vllm_lsa.indexer.rotary import RopeConfig, rotate
+
+# Blocks of queries that are scored at once: a GPU wants few large products, a CPU small ones in its caches.
+_TOGETHER = {"cuda": 16, "cpu": 2}
 
 
 class Recorder:
@@ -59,28 +61,36 @@ class Recorder:
 
     def _masses(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> dict[str, torch.Tensor]:
         s = self.settings
-        unused, starts = s.chunks - 1, s.starts
-        found: dict[str, list[torch.Tensor]] = {
-            f"{kind}_{part}": [] for kind in ("next", "last") for part in masses.Masses._fields
-        }
-
-        def note(kind: str, values: torch.Tensor) -> None:
-            for part, x in masses.sparse(values, s.kept, unused)._asdict().items():
-                found[f"{kind}_{part}"].append(x)
-
-        # Blocks of one period: each is the last one of the cycle after it, and part of the window of those before.
-        ahead: deque[torch.Tensor] = deque(maxlen=s.window // s.period)
-        for begin in range(starts[0] - s.period, starts[-1] + s.window, s.period):
-            end = begin + s.period
+        starts, kv_heads = s.starts, len(k)
+        upcoming, last = (torch.zeros(len(starts), kv_heads, s.chunks, device=q.device) for _ in range(2))
+        # Blocks of one period: each is the last one of the cycle after it, and part of the windows of those before.
+        blocks = range(starts[0] - s.period, starts[-1] + s.window, s.period)
+        for at in range(0, len(blocks), _TOGETHER[q.device.type]):
+            some = torch.tensor(blocks[at : at + _TOGETHER[q.device.type]])
+            begin, end = int(some[0]), int(some[-1]) + s.period
             logits = masses.chunk_logits(q[:, begin:end], k[:, :end], scale, s.chunk_tokens, begin)
-            if end in starts:
-                note("last", masses.last_usage(logits, s.usage_decay))
-            ahead.append(logits)
-            start = end - s.window
-            if start in starts:
-                shares = [masses.next_mass(x, start // s.chunk_tokens) for x in ahead]
-                note("next", torch.stack(shares).mean(0))
-        return {name: torch.stack(x) for name, x in found.items()}
+            logits = logits.unflatten(2, (len(some), s.period))
+            n = logits.shape[-1]
+
+            def cycles(of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                """Numbers of the cycles that start there, and which of the blocks they are."""
+                number = torch.div(of - starts[0], s.period, rounding_mode="floor")
+                which = torch.nonzero((number >= 0) & (number < len(starts))).flatten()
+                return number[which], which
+
+            number, which = cycles(some + s.period)
+            last[number, :, :n] = masses.last_usage(logits, s.usage_decay)[which]
+            for before in range(0, s.window, s.period):
+                begins = some - before
+                number, which = cycles(begins)
+                shares = masses.next_mass(logits, (begins // s.chunk_tokens).clamp(min=1).to(q.device))
+                upcoming[number, :, :n] += shares[which] * (s.period / s.window)
+        counts = torch.tensor(starts, device=q.device) // s.chunk_tokens
+        found = {
+            kind: masses.sparse(values, s.kept, s.chunks - 1, counts)
+            for kind, values in (("next", upcoming), ("last", last))
+        }
+        return {f"{kind}_{part}": x for kind, each in found.items() for part, x in each._asdict().items()}
 
     def _moments(self, q: torch.Tensor, k: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
         s = self.settings

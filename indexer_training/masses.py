@@ -33,28 +33,38 @@ def chunk_logits(query: torch.Tensor, keys: torch.Tensor, scale: float, chunk_to
     return logits.view(kv_heads, -1, rows, tokens // chunk_tokens, chunk_tokens).logsumexp(-1)
 
 
-def next_mass(logits: torch.Tensor, chunks: int) -> torch.Tensor:
-    """Mean over queries and heads of the shares of mass among the first chunks, [Hkv, chunks]; of `chunk_logits`."""
-    return logits[..., :chunks].softmax(-1).mean((1, 2))
+def next_mass(logits: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+    """Mean over queries and heads of the shares of mass among the first chunks of each block.
+
+    logits: [Hkv, G, R, P, n], `chunk_logits` of R blocks. limits: [R], how many chunks count. Returns [R, Hkv, n].
+    """
+    after = torch.arange(logits.shape[-1], device=logits.device) >= limits[:, None]
+    return logits.masked_fill(after[:, None], -math.inf).softmax(-1).mean((1, 3)).transpose(0, 1)
 
 
 def last_usage(logits: torch.Tensor, decay: float) -> torch.Tensor:
-    """How much chunks were used in the steps of `logits` [Hkv, G, P, n], mean over heads: [Hkv, n].
+    """How much chunks were used in the steps of each block, mean over heads: [R, Hkv, n] of [Hkv, G, R, P, n].
 
     As serving does it, ``usage ← max(decay · usage, mass)`` per step; with decay 1 the mean over the steps instead.
     """
-    mass = logits.softmax(-1).mean(1)
+    mass = logits.softmax(-1).mean(1).transpose(0, 1)
     if decay == 1:
-        return mass.mean(1)
-    ages = torch.arange(mass.shape[1] - 1, -1, -1, device=mass.device)
-    return (mass * (decay ** ages.float())[:, None]).amax(1)
+        return mass.mean(2)
+    ages = torch.arange(mass.shape[2] - 1, -1, -1, device=mass.device)
+    return (mass * (decay ** ages.float())[:, None]).amax(2)
 
 
-def sparse(mass: torch.Tensor, kept: int, unused: int) -> Masses:
-    """The `kept` largest of mass [..., n]. unused: the chunk that fills places there is nothing for."""
+def sparse(mass: torch.Tensor, kept: int, unused: int, counts: torch.Tensor | None = None) -> Masses:
+    """The `kept` largest of mass [..., n]. unused: the chunk that fills places there is nothing for.
+
+    counts: [S] for mass [S, Hkv, n], how many of the chunks there are; all by default.
+    """
     n = mass.shape[-1]
     top, index = mass.topk(min(kept, n), -1)
     rest = (mass.sum(-1) - top.sum(-1)).clamp(min=0) if n > kept else torch.zeros_like(top[..., 0])
+    if counts is not None:
+        index = index.masked_fill(index >= counts[:, None, None], unused)
+        rest = rest.masked_fill(counts[:, None] <= kept, 0)
     if n < kept:
         shape = (*mass.shape[:-1], kept - n)
         top = torch.cat([top, top.new_zeros(shape)], -1)
