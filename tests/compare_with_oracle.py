@@ -1,7 +1,7 @@
 """`python -m tests.compare_with_oracle SPEC OUT`: decode with several policies and replay each run in the oracle.
 
 One engine serves all: its index cells hold every index, and policy and demand are exchanged between runs, so that the
-prompts are prefilled once and found in the prefix cache afterwards.
+prompts are prefilled once and found in the prefix cache afterwards. The prompts decode together.
 SPEC: {"checkpoint": folder, "prompts": [token ids, …], "steps", "runs": [{"indexer", "demand", "sets", "mode", "lead"},
 …], "lsa": settings}.
 OUT: a list, one entry a run: {"worst": largest |logit difference|, "beyond": share of logits over 1e-4,
@@ -11,6 +11,7 @@ OUT: a list, one entry a run: {"worst": largest |logit difference|, "beyond": sh
 import json
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -63,6 +64,37 @@ def prefill(oracle: Oracle, prompts: list[list[int]]) -> list[Cache]:
     return caches
 
 
+class Recorder:
+    """What each decode row attended to and its logits, step by step, by the length of its prompt."""
+
+    def __init__(self, engine) -> None:
+        self.steps: dict[int, list[tuple[list[set[int]], torch.Tensor]]] = defaultdict(list)
+        self._engine, self._rows, self._sets = engine, [], {}
+        plan = engine.plan
+
+        def planned(rows):
+            self._rows, self._sets = [engine.mirror.requests[name].num_prompt for name, _ in rows], {}
+            return plan(rows)
+
+        engine.plan, engine.attention.tracer = planned, self._trace
+
+    def _trace(self, lane, request, chunks) -> None:
+        lanes = self._sets.setdefault(request.num_prompt, [set() for _ in range(self._engine.geometry.num_lanes)])
+        lanes[lane] = set(chunks.tolist())
+
+    def noting(self, compute):
+        """compute_logits, noted down: it gives a row for each request of the batch, in its order."""
+
+        def wrapped(*arguments, **more):
+            logits = compute(*arguments, **more)
+            for number, row in zip(self._rows, logits, strict=True) if self._sets else ():
+                if number in self._sets:
+                    self.steps[number].append((self._sets[number], row.clone()))
+            return logits
+
+        return wrapped
+
+
 def main() -> None:
     global CHECKPOINT
     spec = json.load(open(sys.argv[1]))
@@ -80,36 +112,30 @@ def main() -> None:
         additional_config={"lsa": spec["lsa"]},
     )
     engine = Runtime.latest().engine
-    logits: list[torch.Tensor] = []
+    recorder = Recorder(engine)
     model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
-    compute = model.compute_logits
-    model.compute_logits = lambda *a, **k: (logits.append(compute(*a, **k).clone()), logits[-1])[1]
+    model.compute_logits = recorder.noting(model.compute_logits)
     oracle = Oracle(MODEL, engine.geometry.chunk_tokens)
     caches = prefill(oracle, spec["prompts"])
-    lanes = engine.geometry.num_lanes
     result = []
-    for settings in spec["runs"]:
+    for number, settings in enumerate(spec["runs"]):
         llm.llm_engine.step()  # tells the worker that the last request has finished
         config = exchange(engine, settings)
         before = engine.attention.chunks_demanded
         worst, beyond, widest, steps = 0.0, 0.0, 0.0, 0
         started = time.monotonic()
-        for prompt, cache in zip(spec["prompts"], caches, strict=True):
-            sets: list[list[set[int]]] = []
-
-            def trace(lane, request, chunks, sets=sets):
-                if lane == 0:
-                    sets.append([set() for _ in range(lanes)])
-                sets[-1][lane] = set(chunks.tolist())
-
-            logits.clear()
-            engine.attention.tracer = trace
-            params = SamplingParams(temperature=0, max_tokens=spec["steps"] + 1, ignore_eos=True)
-            tokens = list(llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0].outputs[0].token_ids)
-            got = torch.cat([row[-1:] for row in logits[-spec["steps"] :]])
-            sets = sets[-spec["steps"] :]
-            expected = oracle.decode(cache, tokens[:-1], sets)
-            difference = (got - expected).abs()
+        params = SamplingParams(temperature=0, max_tokens=spec["steps"] + 1, ignore_eos=True)
+        prompts = [{"prompt_token_ids": prompt} for prompt in spec["prompts"]]
+        if number == 0:
+            for prompt in prompts:  # one after the other, so that each finds the one before in the prefix cache
+                llm.generate(prompt, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+        recorder.steps.clear()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        for prompt, output, cache in zip(spec["prompts"], outputs, caches, strict=True):
+            sets, got = zip(*recorder.steps[len(prompt)], strict=True)
+            assert len(sets) == spec["steps"]
+            expected = oracle.decode(cache, list(output.outputs[0].token_ids)[:-1], list(sets))
+            difference = (torch.stack(got) - expected).abs()
             worst = max(worst, difference.max().item())
             beyond += (difference > 1e-4).sum().item() / difference.numel() / len(caches)
             length = -(-len(prompt) // config.chunk_tokens)

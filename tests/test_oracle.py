@@ -28,7 +28,7 @@ def test_logits_equal_the_oracle_for_every_policy(tmp_path):
     text = prompts.document()
     # Each continues the one before, so that all but the first also come through the prefix cache.
     tokens = [text[:length] for length in LENGTHS]
-    lsa = {"period": 16, "budget": 0.135, "check": "poison", "device_pool_fraction": 0.05, "demand": "four_bit"}
+    lsa = {"period": 16, "budget": 0.135, "check": "poison", "device_pool_fraction": 0.1, "demand": "four_bit"}
     # The tables and weights are random: they decide what is chosen, not whether it is attended to right.
     folder = random_checkpoint.write(tmp_path / "checkpoint", 30, 9, 3, 64, 16)
     spec = {"checkpoint": str(folder), "prompts": tokens, "steps": STEPS, "runs": RUNS, "lsa": lsa}
