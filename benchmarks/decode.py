@@ -24,7 +24,6 @@ from benchmarks.report import RESULTS, machine, read_bandwidth, write_csv
 CONFIGURATIONS: dict[str, dict[str, Any] | None] = {
     "stock": None,
     "LSA, all resident": {"budget": 1.0, "device_pool_fraction": 1.0},
-    "LSA, lookahead": {"demand": "off", "device_pool_fraction": 0.05},
     "LSA, lookahead + demand": {"device_pool_fraction": 0.05},
     "LSA, usage + 4-bit demand": {"indexer": "usage", "demand": "four_bit", "device_pool_fraction": 0.05},
     "stock again": None,
