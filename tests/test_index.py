@@ -85,6 +85,16 @@ def decoded_product(tables: ProductTables, layer: int, cells: torch.Tensor) -> t
     return y @ tables.to_query[layer].double()
 
 
+def test_mean_keys_are_those_of_the_codes() -> None:
+    """What a trained lookahead scores, from an index that keeps no keys."""
+    index = product(8, 64, torch.float32, 3)
+    assert isinstance(index, ProductIndex)
+    for layer in range(index.tables.layers):
+        cells = index.encode(torch.randn(7, 3, 8, 64), layer)
+        want = decoded_product(index.tables, layer, cells).mean(2) + index.tables.mean[layer].double()
+        torch.testing.assert_close(index.mean_keys(cells, layer).double(), want, atol=1e-4, rtol=1e-4)
+
+
 def make(kind: Kind, chunk: int, dim: int, dtype: torch.dtype, kv_heads: int) -> ChunkIndex:
     return product(chunk, dim, dtype, kv_heads) if kind is product else kind(chunk, dim, dtype)
 
