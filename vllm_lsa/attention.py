@@ -72,16 +72,6 @@ class LayerAttention:
             self._prefill(layer, row, q, k, v, out)
         self.queries[plan.last_row, layer] = q[plan.last_token]
 
-    def request_cells(self, request: Request, layer: int, num_chunks: int) -> torch.Tensor:
-        """Index cells of a request's first chunks in one layer, uint8 [num_chunks, Hkv, cell_bytes]."""
-        blocks = self._blocks(request, num_chunks)
-        return self.cells[layer][blocks].transpose(1, 2).flatten(0, 1)[:num_chunks]
-
-    def _blocks(self, request: Request, num_chunks: int) -> torch.Tensor:
-        """Blocks of a request's first chunks, int64, on the device."""
-        count = -(-num_chunks // self._geometry.chunks_per_block)
-        return torch.from_numpy(request.blocks[:count].astype(np.int64)).to(self.queries.device)
-
     def _index(self, plan: StepPlan, layer: int, k: torch.Tensor) -> None:
         """Write the cells of the chunks that this step completes."""
         if not len(plan.complete_block):
@@ -118,37 +108,35 @@ class LayerAttention:
         full = row.request.num_computed // g.chunk_tokens
         if not full:
             return
-        assert self._demand.index is not None and row.usage is not None and row.caps is not None
+        assert self._demand.index is not None and row.blocks is not None
+        assert row.usage is not None and row.caps is not None
         group = g.layer_lanes
-        lanes = slice(layer * group, (layer + 1) * group)
+        first = layer * group
         cells = self._layout.part(self.cells[layer], self._demand.index)
-        blocks = self._blocks(row.request, full)
-        mass = self._demand.mass(query, cells, blocks, full, self._scale, layer, group).cpu().numpy()
-        usage = row.usage.note(lanes, mass)
+        mass = self._demand.mass(query, cells, row.blocks, full, self._scale, layer, group).cpu().numpy()
+        usage = row.usage.note(slice(first, first + group), mass)
         resident, store = row.resident, self._transfers.store
         chosen = [
-            self._replacement.choose(resident.lane(lane)[0], mass[n], usage[n], int(row.caps[lane]))
-            for n, lane in enumerate(range(lanes.start, lanes.stop))
+            (lane, *self._replacement.choose(resident.lane(lane)[0], mass[n], usage[n], int(row.caps[lane])))
+            for n, lane in enumerate(range(first, first + group))
         ]
-        if not any(len(x) for pair in chosen for x in pair):
+        chosen = [(lane, entries, picked) for lane, entries, picked in chosen if len(entries) or len(picked)]
+        if not chosen:
             return
-        leaving = [resident.slots[lane, entries] for lane, (entries, _) in enumerate(chosen, lanes.start)]
-        self._pool.release(np.concatenate(leaving).astype(np.int64))
-        pages = np.concatenate(
-            [store.page_ids(row.request.blocks, picked, lane) for lane, (_, picked) in enumerate(chosen, lanes.start)]
-        )
+        leaving = np.concatenate([resident.slots[lane, entries] for lane, entries, _ in chosen])
+        self._pool.release(leaving.astype(np.int64))
+        pages = np.concatenate([store.page_ids(row.request.blocks, picked, lane) for lane, _, picked in chosen])
         self.chunks_demanded += len(pages)
         slots, fresh = self._pool.acquire(pages)
         self._transfers.fetch(pages[fresh], slots[fresh])
-        start = 0
-        for n, (entries, picked) in enumerate(chosen):
-            resident.swap(lanes.start + n, entries, picked, slots[start : start + len(picked)])
-            start += len(picked)
-            if len(entries) or len(picked):
-                row_slots = resident.lane(lanes.start + n)[1]
-                row_slots = row_slots[row_slots >= 0]
-                plan.table[layer, i * group + n, : len(row_slots)] = torch.from_numpy(row_slots)
-                plan.counts[layer, i * group + n] = len(row_slots)
+        ends = np.cumsum([len(picked) for _, _, picked in chosen])[:-1]
+        for (lane, entries, picked), given in zip(chosen, np.split(slots, ends), strict=True):
+            resident.swap(lane, entries, picked, given)
+            row_slots = resident.lane(lane)[1]
+            row_slots = row_slots[row_slots >= 0]
+            place = i * group + lane - first
+            plan.table[layer, place, : len(row_slots)] = torch.from_numpy(row_slots)
+            plan.counts[layer, place] = len(row_slots)
 
     def _stream_missing(
         self, lane: int, row: DecodeRow, query: torch.Tensor, out: torch.Tensor, lse: torch.Tensor

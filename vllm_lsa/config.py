@@ -6,11 +6,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_lsa.errors import LsaError
-from vllm_lsa.indexer.indexer_config import IndexerConfig
+from vllm_lsa.indexer.checkpoint import CONFIG, IndexerConfig
 from vllm_lsa.indexer.trained import find
 from vllm_lsa.memory.geometry import KVGeometry
 
 GIB = 1 << 30
+DEMAND_RECENCY = 32
+"""Newest tokens kept with a demand index that sees every key: they need not be held in advance (docs/log.md)."""
 
 
 class LsaConfig(BaseModel):
@@ -104,11 +106,10 @@ class LsaConfig(BaseModel):
         folder = find(self.indexer)
         if folder is None:
             return self
-        trained = IndexerConfig.read(folder / "config.json")
+        trained = IndexerConfig.read(folder / CONFIG)
         defaults: dict[str, Any] = {"chunk_tokens": trained.chunk_tokens, "period": trained.period}
         if trained.demand_index is not None:
-            # With demand the newest chunks need not be held in advance (docs/log.md, 2026-11-24).
-            defaults |= {"demand": "product", "recency_tokens": 32}
+            defaults |= {"demand": "product", "recency_tokens": DEMAND_RECENCY}
         unset = {name: value for name, value in defaults.items() if name not in self.model_fields_set}
         return self.model_copy(update=unset)
 

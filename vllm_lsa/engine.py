@@ -14,6 +14,7 @@ from vllm_lsa.memory.host_store import HostStore
 from vllm_lsa.memory.slot_pool import SlotPool
 from vllm_lsa.memory.transfers import Transfers, make_transfers
 from vllm_lsa.metrics import MetricsWriter
+from vllm_lsa.ops.native import gather_cells
 from vllm_lsa.residency.demand import make_demand
 from vllm_lsa.residency.lookahead import LookaheadScheduler
 from vllm_lsa.residency.plan import Row, StepPlan
@@ -215,10 +216,9 @@ class LsaEngine:
         config, policy = self.config, self._policy
         cells = query = None
         if policy.index is not None:
-            layers = range(self.geometry.num_layers)
-            cells = torch.stack(
-                [self.layout.part(self.attention.request_cells(request, n, num_chunks), policy.index) for n in layers]
-            )
+            blocks = torch.from_numpy(request.blocks.astype(np.int64)).to(self._device)
+            of_layers = [self.layout.part(cells, policy.index) for cells in self.attention.cells]
+            cells = torch.stack([gather_cells(part, blocks, num_chunks) for part in of_layers])
             query = self._queries[row]
         scores = policy.score(
             ScoreInput(

@@ -1,32 +1,19 @@
 """The methods that ``vllm-lsa eval`` compares, as selection rules at equal device bytes."""
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vllm_lsa.config import DEMAND_RECENCY, LsaConfig
 from vllm_lsa.errors import LsaError
 from vllm_lsa.evaluation.command import METHODS
 from vllm_lsa.evaluation.indexes import FourBit, KeyIndex, MeanKey, Product
 from vllm_lsa.evaluation.rule import SelectionRule
-from vllm_lsa.indexer import MemoryIndexer
-from vllm_lsa.indexer.checkpoint import CONFIG, WEIGHTS
 from vllm_lsa.indexer.fingerprint import fingerprint_of
-from vllm_lsa.indexer.product import ProductTables
-from vllm_lsa.indexer.trained import find
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A checkpoint: its indexer and the tables of its demand index on the device. digest: of its files."""
-
-    path: Path
-    indexer: MemoryIndexer
-    tables: ProductTables | None
-    digest: str
+from vllm_lsa.indexer.trained import Trained, find, read
 
 
 def load_trained(path: Path, model: Path, device: torch.device) -> Trained:
@@ -34,18 +21,9 @@ def load_trained(path: Path, model: Path, device: torch.device) -> Trained:
 
     Raises LsaError in one line if it is damaged, or was made for another model.
     """
-    path = find(str(path)) or path
-    indexer = MemoryIndexer.load(path, device)
-    indexer.require_backbone(fingerprint_of(model))
-    files = [path / CONFIG, path / WEIGHTS] if path.is_dir() else [path]
-    tables, index = None, indexer.config.demand_index
-    if index is not None:
-        files.append(path / index.file)
-        tables = ProductTables.load(path / index.file).to(device)
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return Trained(path, indexer, tables, digest.hexdigest()[:12])
+    trained = read(find(str(path)) or path, device)
+    trained.indexer.require_backbone(fingerprint_of(model))
+    return trained
 
 
 def make_rules(names: Sequence[str], trained: Trained | None, settings: dict[str, Any]) -> dict[str, SelectionRule]:
@@ -58,10 +36,12 @@ def make_rules(names: Sequence[str], trained: Trained | None, settings: dict[str
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         raise LsaError(f"--methods {unknown[0]} is not known: use some of {', '.join(METHODS)}")
-    config = trained.indexer.config if trained is not None else None
+    served = LsaConfig.parse({})
+    config = trained.config if trained is not None else None
     index: KeyIndex = FourBit() if trained is None or trained.tables is None else Product(trained.tables)
     demand: dict[str, Any] = {
-        "demand": index, "demand_chunks": 8, "demand_threshold": 0.002, "recency_tokens": 32,
+        "demand": index, "demand_chunks": served.demand_chunks, "demand_threshold": served.demand_threshold,
+        "recency_tokens": DEMAND_RECENCY,
         "chunk_tokens": config.chunk_tokens if config is not None else 8,
         "layer_weights": config.layer_weights if config is not None else None,
     }  # fmt: skip

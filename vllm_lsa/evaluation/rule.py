@@ -12,8 +12,8 @@ import torch
 from vllm_lsa.errors import LsaError
 from vllm_lsa.evaluation.indexes import Exact, KeyIndex, MeanKey, Product, Quest
 from vllm_lsa.indexer import MemoryIndexer
+from vllm_lsa.residency.usage import DECAY
 
-DECAY = 0.7  # of the usage of a chunk, per step
 LOOKAHEADS = ("newest", "usage", "usage_mean", "random", "mean_key", "quest", "oracle", "none")
 
 

@@ -94,6 +94,15 @@ def _code(noun: str, code: str) -> str:
     return f"The secret code of {noun} is {code}."
 
 
+def _several(rng: random.Random, depth: float, count: int) -> tuple[list[str], list[str], list[tuple[float, str]]]:
+    """Nouns, their codes and the facts that say so, the first at `depth`, the others anywhere."""
+    nouns = rng.sample(NOUNS, count)
+    codes = [number(rng) for _ in nouns]
+    depths = [depth, *(rng.random() for _ in nouns[1:])]
+    facts = [(d, _code(noun, code)) for d, noun, code in zip(depths, nouns, codes, strict=True)]
+    return nouns, codes, facts
+
+
 def single_needle(rng: random.Random, depth: float) -> Plot:
     """One code."""
     noun, code = rng.choice(NOUNS), number(rng)
@@ -103,10 +112,7 @@ def single_needle(rng: random.Random, depth: float) -> Plot:
 
 def multi_key(rng: random.Random, depth: float) -> Plot:
     """Eight codes, one asked for."""
-    nouns = rng.sample(NOUNS, 8)
-    codes = [number(rng) for _ in nouns]
-    depths = [depth, *(rng.random() for _ in nouns[1:])]
-    facts = [(d, _code(noun, code)) for d, noun, code in zip(depths, nouns, codes, strict=True)]
+    nouns, codes, facts = _several(rng, depth, 8)
     ask = f"What is the secret code of {nouns[0]}? Answer: The secret code of {nouns[0]}"
     return Plot(facts, ask, " is", f" {codes[0]}")
 
@@ -125,10 +131,7 @@ def multi_value(rng: random.Random, depth: float) -> Plot:
 
 def multi_query(rng: random.Random, depth: float) -> Plot:
     """Four codes, two asked for."""
-    nouns = rng.sample(NOUNS, 4)
-    codes = [number(rng) for _ in nouns]
-    depths = [depth, *(rng.random() for _ in nouns[1:])]
-    facts = [(d, _code(noun, code)) for d, noun, code in zip(depths, nouns, codes, strict=True)]
+    nouns, codes, facts = _several(rng, depth, 4)
     asked = f"the secret codes of {_and(nouns[:2])}"
     return Plot(facts, f"What are {asked}? Answer: T{asked[1:]}", " are", f" {_and(codes[:2])}")
 

@@ -1,11 +1,14 @@
 """What training made for one backbone: the memory indexer, the demand index, the budget's shares over layers."""
 
+import hashlib
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
+import torch
+
 from vllm_lsa.errors import LsaError
-from vllm_lsa.indexer.checkpoint import CONFIG, IndexerConfig
+from vllm_lsa.indexer.checkpoint import CONFIG, WEIGHTS, IndexerConfig
 from vllm_lsa.indexer.memory_indexer import MemoryIndexer
 from vllm_lsa.indexer.product import ProductTables
 
@@ -15,12 +18,26 @@ SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A checkpoint folder. tables: of its demand index, None where it has none."""
+    """A checkpoint. tables: of its demand index, None where it has none."""
 
     path: Path
-    config: IndexerConfig
     indexer: MemoryIndexer
     tables: ProductTables | None
+
+    @property
+    def config(self) -> IndexerConfig:
+        return self.indexer.config
+
+    @cached_property
+    def digest(self) -> str:
+        """Of its files: tells results with one checkpoint from those with another."""
+        files = [self.path / CONFIG, self.path / WEIGHTS] if self.path.is_dir() else [self.path]
+        if self.config.demand_index is not None:
+            files.append(self.path / self.config.demand_index.file)
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(file.read_bytes())
+        return digest.hexdigest()[:12]
 
 
 def find(name: str) -> Path | None:
@@ -36,17 +53,22 @@ def shipped() -> list[str]:
     return sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG}"))
 
 
-@cache
-def load(folder: Path, device: str) -> Trained:
-    """Read a checkpoint onto a device, once per process, so that its indexes are equal. Raises LsaError in one line."""
-    config = IndexerConfig.read(folder / CONFIG)
-    tables = None
+def read(path: Path, device: str | torch.device) -> Trained:
+    """Read a checkpoint folder, or a published file, onto a device. Raises LsaError in one line."""
+    indexer = MemoryIndexer.load(path, device)
+    config, tables = indexer.config, None
     if config.demand_index is not None:
-        tables = ProductTables.load(folder / config.demand_index.file).to(device)
+        tables = ProductTables.load(path / config.demand_index.file).to(device)
         weights = config.layer_weights
         if tables.kv_heads != config.kv_heads or (weights is not None and len(weights) != tables.layers):
             raise LsaError(
                 f"{tables.source} ({tables.layers} layers, {tables.kv_heads} KV heads) does not fit its config.json: "
                 "export the checkpoint again"
             )
-    return Trained(folder, config, MemoryIndexer.load(folder, device), tables)
+    return Trained(path, indexer, tables)
+
+
+@cache
+def load(folder: Path, device: str) -> Trained:
+    """`read`, once per process, so that the indexes of a checkpoint are equal."""
+    return read(folder, device)

@@ -23,13 +23,15 @@ class Row:
 class DecodeRow:
     """A row that attends to a resident set. Where `usage` is given, it may take in chunks that are not in it.
 
-    caps: int64 [lanes], most chunks that each lane may hold; None where there is no limit.
+    caps: int64 [lanes], most chunks that each lane may hold; None where there is no limit. blocks: int64, the request's
+    blocks on the device; given with usage.
     """
 
     request: Request
     resident: ResidentSet
     usage: Usage | None
     caps: np.ndarray | None
+    blocks: torch.Tensor | None
 
 
 @dataclass

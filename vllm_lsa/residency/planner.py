@@ -55,9 +55,10 @@ def plan_step(
         begun_page.append(pages[: len(done)][partial])
 
         if lookahead.is_decode(request):
-            decodes.append(
-                DecodeRow(request, lookahead.resident(request), lookahead.usage(request), lookahead.caps(request))
-            )
+            usage = lookahead.usage(request)
+            # Once a step, not in every layer.
+            blocks = None if usage is None else torch.from_numpy(request.blocks.astype(np.int64)).to(device)
+            decodes.append(DecodeRow(request, lookahead.resident(request), usage, lookahead.caps(request), blocks))
             decode_token.append(row.start)
         else:
             prefills.append(row)

@@ -8,7 +8,6 @@ from vllm_lsa.residency.demand.base import IndexedDemand
 
 class ProductDemand(IndexedDemand):
     name = "product"
-    index_type = ProductIndex
 
     def __init__(self, chunk_tokens: int, head_dim: int, dtype: torch.dtype, tables: ProductTables) -> None:
         self.index = ProductIndex(chunk_tokens, head_dim, dtype, tables)
