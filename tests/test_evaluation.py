@@ -85,7 +85,6 @@ class Naive:
         self.queries: dict[int, torch.Tensor] = {}
         self.sets: dict[tuple[int, int], set[int]] = {}
         self.usage: dict[tuple[int, int], list[float]] = {}
-        self.prepared: dict[tuple[KeyIndex, int], torch.Tensor] = {}
         self.largest = 0
         AttentionInterface.register("naive_twin", self.attention)
         AttentionMaskInterface.register("naive_twin", lambda *args, **kwargs: None)
@@ -111,12 +110,10 @@ class Naive:
         return self.step(module.layer_idx, q[0, :, 0], k[0], v[0], scaling).view(1, 1, q.shape[1], -1), None
 
     def shares(self, index: KeyIndex, layer: int, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-        """[Hkv, g, m, N] of queries [Hq, m, D]."""
+        """[Hkv, g, m, N] of queries [Hq, m, D] and the keys of N whole chunks."""
         c, kv_heads = self.rule.chunk_tokens, k.shape[0]
-        if (index, layer) not in self.prepared:
-            self.prepared[index, layer] = index.prepare(layer, k[None, :, : self.full * c], c)
         grouped = q.reshape(1, kv_heads, -1, q.shape[-1])
-        logits = index.chunk_logits(self.prepared[index, layer], grouped, scale, c)
+        logits = index.chunk_logits(index.prepare(layer, k[None], c), grouped, scale, c)
         return logits[0].softmax(-1).unflatten(1, (-1, q.shape[1]))
 
     def of_lane(self, shares: torch.Tensor, lane: int) -> list[float]:
@@ -128,7 +125,8 @@ class Naive:
         if rule.demand is None:
             return [0.0] * self.full
         before = self.queries[layer][:, self.start - rule.period : self.start]
-        shares = self.shares(rule.demand, layer, before, k, scale).mean(1).tolist()  # [Hkv][period][N]
+        past = k[:, : self.full * rule.chunk_tokens]
+        shares = self.shares(rule.demand, layer, before, past, scale).mean(1).tolist()  # [Hkv][period][N]
         heads = []
         for head in [lane] if rule.sets == "per_head" else range(len(shares)):
             used = [0.0] * self.full
@@ -146,43 +144,57 @@ class Naive:
         elif rule.lookahead in ("mean_key", "quest"):
             index = rule.lookahead_index
             assert index is not None
-            shares = self.shares(index, layer, self.queries[layer][:, self.start - 1 : self.start], k, scale)[:, :, 0]
+            last = self.queries[layer][:, self.start - 1 : self.start]
+            shares = self.shares(index, layer, last, k[:, : n * rule.chunk_tokens], scale)[:, :, 0]
             score = (shares[lane].amax(0) if rule.sets == "per_head" else shares.flatten(0, 1).amax(0)).tolist()
-        order = sorted((i for i in range(n) if i not in self.forced), key=lambda i: -score[i])
-        self.sets[layer, lane] = set(order[: self.room(layer)])
+        forced = self.forced(n)
+        order = sorted((i for i in range(n) if i not in forced), key=lambda i: -score[i])
+        self.sets[layer, lane] = set(order[: self.room(layer, self.start)])
         self.usage[layer, lane] = used
 
-    @property
-    def forced(self) -> set[int]:
+    def forced(self, full: int) -> set[int]:
         c = self.rule.chunk_tokens
-        recent = range(max(0, self.full - self.rule.recency_tokens // c), self.full)
-        return {*range(min(self.full, self.rule.sink_tokens // c)), *recent}
+        recent = range(max(0, full - self.rule.recency_tokens // c), full)
+        return {*range(min(full, self.rule.sink_tokens // c)), *recent}
 
-    def room(self, layer: int) -> int:
+    def room(self, layer: int, at: int) -> int:
+        """As `LookaheadScheduler` and its `select` have it, at the step of the token at `at`."""
         rule, c = self.rule, self.rule.chunk_tokens
-        own = math.ceil((self.start + rule.period) / c) - self.full
         weight = rule.layer_weights[layer] if rule.layer_weights else 1.0
-        spare = max(0, int(rule.budget * self.full) - own - len(self.forced))
-        return min(self.full - len(self.forced), int(spare * weight))
+        full = at // c
+        forced = len(self.forced(full))
+        if rule.demand is None:
+            own = math.ceil((at + rule.period) / c) - full
+            spare = max(0, int(rule.budget * full) - own - forced)
+            return min(full - forced, int(spare * weight))
+        least = rule.sink_tokens // c + rule.recency_tokens // c + 1 + rule.demand_chunks
+        cap = min(full + 1, least + int(max(0, int(rule.budget * (full + 1)) - least) * weight))
+        return cap - 1 - forced
 
     def step(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         rule, c, kv_heads = self.rule, self.rule.chunk_tokens, k.shape[0]
+        at = k.shape[1] - 1
+        full = at // c if rule.demand is not None else self.full
+        forced = self.forced(full)
         out = []
         for lane in range(kv_heads if rule.sets == "per_head" else 1):
             if (layer, lane) not in self.sets:
                 self.begin(layer, lane, k, scale)
-            chosen, usage, room = self.sets[layer, lane], self.usage[layer, lane], self.room(layer)
+            chosen, usage, room = self.sets[layer, lane], self.usage[layer, lane], self.room(layer, at)
             if rule.demand is not None:
-                mass = self.of_lane(self.shares(rule.demand, layer, q.unsqueeze(1), k, scale), lane)
-                outside = [i for i in range(self.full) if i not in chosen | self.forced]
+                # What was among the newest, and is no more, is as any other chunk from here on.
+                chosen |= self.forced((at - 1) // c) - forced if at > self.start else set()
+                mass = self.of_lane(self.shares(rule.demand, layer, q.unsqueeze(1), k[:, : full * c], scale), lane)
+                usage += [0.0] * (full - len(usage))
+                outside = [i for i in range(full) if i not in chosen | forced]
                 wanted = sorted((i for i in outside if mass[i] > rule.demand_threshold), key=lambda i: -mass[i])
                 picked = wanted[: min(rule.demand_chunks, room)]
                 usage[:] = [max(u * rule.decay, m) for u, m in zip(usage, mass, strict=True)]
                 old = sorted(chosen, key=lambda i: usage[i])
                 chosen |= set(picked)
                 chosen -= set(old[: max(0, len(chosen) - room)])
-            self.largest = max(self.largest, len(chosen | self.forced))
-            keep = [i // c in chosen | self.forced or i >= self.full * c for i in range(k.shape[1])]
+            self.largest = max(self.largest, len(chosen | forced))
+            keep = [i // c in chosen | forced or i >= full * c for i in range(k.shape[1])]
             heads = [lane] if rule.sets == "per_head" else range(kv_heads)
             for head in heads:
                 scores = (q.view(kv_heads, -1, q.shape[-1])[head] @ k[head].T) * scale
@@ -236,7 +248,8 @@ def test_blocks_equal_decoding_token_by_token(folder: Path, model: SparseModel, 
     blocks = blocks_of(tokens, starts, rule.period)
     logits = model.decode_blocks(past, blocks, starts, rule)[1]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-    rooms = rule.rooms(torch.tensor([start]), 1)
+    last = start if rule.demand is None else start + rule.period - 1
+    rooms = rule.rooms(torch.tensor([last]), 1)
     own = int(rooms.own[0])
     assert naive.largest + own <= int(rooms.caps[0]) <= rooms.full[0] + own
     dense = model.decode_blocks(past, blocks, starts, None)[1]
@@ -246,20 +259,24 @@ def test_blocks_equal_decoding_token_by_token(folder: Path, model: SparseModel, 
 def test_sets_never_exceed_their_room() -> None:
     torch.manual_seed(0)
     lanes, n, steps = 40, 30, 64
-    eligible = torch.rand(1, 1, lanes, n) < 0.8
-    room = torch.minimum(torch.randint(0, 12, (1, lanes)), eligible.sum(-1)[:, 0])
+    # Three chunks become eligible on the way.
+    eligible = (torch.rand(1, 1, 1, lanes, n) < 0.8).repeat(steps, 1, 1, 1, 1)
+    for step, chunk in ((5, 3), (6, 4), (40, 20)):
+        eligible[:, ..., chunk] = torch.arange(steps).view(-1, 1, 1, 1) >= step
+    room = torch.minimum(torch.randint(0, 12, (1, lanes)), eligible[0].sum(-1)[:, 0])
     for begin in (int(room.max()), 0):
-        member = start_set(torch.rand(1, 1, lanes, n), eligible, room, begin)
+        member = start_set(torch.rand(1, 1, lanes, n), eligible[0], room, begin)
         assert (member.sum(-1)[:, 0] == (room if begin else 0)).all()
-        mass = torch.rand(steps, 1, 1, lanes, n).pow(4).masked_fill(~eligible, -1.0)
+        mass = torch.rand(steps, 1, 1, lanes, n).pow(4)
+        rooms = room.expand(steps, 1, 1, lanes)
         keep, picked = demand_sets(
-            mass, member, torch.zeros_like(member), room.unsqueeze(1), chunks=5, threshold=0.01, decay=0.7
+            mass, eligible, member, torch.zeros_like(member), rooms, chunks=5, threshold=0.01, decay=0.7
         )
-        assert (keep.sum(-1) <= room.unsqueeze(1)).all()
+        assert (keep.sum(-1) <= rooms).all()
         assert not (keep & ~eligible).any()
-        assert (picked <= room.unsqueeze(1).clamp(max=5)).all()
+        assert (picked <= rooms.clamp(max=5)).all()
         assert int(picked.sum()) > 0
-        assert (keep[-1].sum(-1) == room).all()
+        assert (keep[-1].sum(-1) == rooms[-1]).all()
 
 
 def test_batches_of_prompts_equal_single_ones(model: SparseModel) -> None:

@@ -78,11 +78,12 @@ def at_total(rule: SelectionRule, total: float, head_dim: int) -> SelectionRule 
 def resident_share(rule: SelectionRule, starts: torch.Tensor, layers: int) -> float:
     """Most chunks that are resident over all chunks at the end of blocks, what is forced included, mean over layers.
 
-    It is more than the budget where forced chunks alone are.
+    It is more than the budget where that is less than what serving needs at least.
     """
+    at = starts.flatten() + (rule.period - 1 if rule.demand is not None else 0)
     chunks = caps = 0
     for layer in range(layers):
-        rooms = rule.rooms(starts.flatten(), layer)
+        rooms = rule.rooms(at, layer)
         caps += int(rooms.caps.sum())
         chunks += int((rooms.full + rooms.own).sum())
     return caps / chunks

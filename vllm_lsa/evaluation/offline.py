@@ -376,6 +376,70 @@ class Traffic:
         return [float(self._sums[layer]) / self._steps[layer] for layer in sorted(self._sums)]
 
 
+class _Steps:
+    """What each step of blocks that demand may choose from: chunks of the past, then those that a block writes.
+
+    Masks are bool [P, r, W, C]: prompts, blocks, steps, chunks by their place in the text.
+    """
+
+    def __init__(self, rule: SelectionRule, starts: torch.Tensor, width: int, past_tokens: int) -> None:
+        """starts: [P, r]. past_tokens: of the past that is looked at, in whole chunks."""
+        chunk, device = rule.chunk_tokens, starts.device
+        self.rule, self.width, self.starts = rule, width, starts
+        self.first = (starts // chunk).unsqueeze(-1)  # the chunk that the block's first token is in
+        self.more = width // chunk + 1
+        self.at = starts.unsqueeze(-1) + torch.arange(width, device=device)  # [P, r, W], positions
+        place = torch.arange(past_tokens // chunk + self.more, device=device)
+        tail = (self.at // chunk).unsqueeze(-1)
+        self.valid = place < tail
+        recent = place >= tail - rule.recency_tokens // chunk
+        forced = self.valid & ((place < rule.sink_tokens // chunk) | recent)
+        self.eligible = self.valid & ~forced
+        self.fixed = forced | (place == tail)
+
+    def room(self, cpu_starts: torch.Tensor, layer: int) -> torch.Tensor:
+        """Chunks that may be chosen at each step, int64 [W, P, r]."""
+        at = cpu_starts + torch.arange(self.width).view(-1, 1, 1)
+        return self.rule.rooms(at, layer).room.to(self.starts.device, non_blocking=True)
+
+    def own_logits(
+        self,
+        index: KeyIndex,
+        layer: int,
+        past_keys: torch.Tensor,
+        own_keys: torch.Tensor,
+        q6: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """Logits [P, Hkv, r, g, W, more] of the chunks from `first` on, of the block's keys [P, Hkv, r, W, D], and of
+        the past's [P, Hkv, n, D] where a block begins within a chunk."""
+        chunk, kv_heads, dim = self.rule.chunk_tokens, own_keys.shape[1], own_keys.shape[-1]
+        place = self.first * chunk + torch.arange(self.more * chunk, device=own_keys.device)  # [P, r, more * c]
+        start = self.starts.unsqueeze(-1)
+
+        def taken(index: torch.Tensor) -> torch.Tensor:
+            return index[:, None, ..., None].expand(-1, kv_heads, -1, -1, dim)
+
+        before = taken(place.clamp(max=past_keys.shape[2] - 1)).flatten(2, 3)
+        old = past_keys.gather(2, before).float().unflatten(2, place.shape[1:])
+        new = own_keys.gather(3, taken((place - start).clamp(0, self.width - 1)))
+        keys = torch.where((place < start)[:, None, ..., None], old, new)
+        by_block = keys.transpose(1, 2).flatten(0, 1)  # [B, Hkv, more * c, D]
+        queries = q6.transpose(1, 2).flatten(0, 1).flatten(2, 3)  # [B, Hkv, g * W, D]
+        logits = index.chunk_logits(index.prepare(layer, by_block, chunk), queries, scale, chunk)
+        return logits.unflatten(0, q6.shape[:1] + q6.shape[2:3]).transpose(1, 2).unflatten(3, q6.shape[3:5])
+
+    def with_own(self, logits: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Logits of all chunks, [.., C]: of the past [.., N], with the block's [.., more] from `first` on."""
+        at = self.first + torch.arange(self.more, device=logits.device)  # [P, r, more]
+        return F.pad(logits, (0, self.more)).scatter_(-1, at[:, None, :, None, None].expand_as(own), own)
+
+    def of_own_tokens(self, keep: torch.Tensor) -> torch.Tensor:
+        """Whether each step reads each of the block's tokens, bool [P, hs, r, W, W]. keep: chunks, [P, hs, r, W, C]."""
+        chunk = (self.at // self.rule.chunk_tokens)[:, None, :, None]
+        return keep.gather(-1, chunk.expand(*keep.shape[:-1], -1))
+
+
 class _Block:
     """One forward pass of some blocks. Inside, tensors are [P, Hkv, r, g, W, ·]: prompts, KV heads, blocks of a prompt,
     query heads of a KV head, steps; that is the order in which products with a past's keys come out."""
@@ -412,7 +476,9 @@ class _Block:
             self.eligible = (self.valid & ~self.forced).unsqueeze(1)  # [P, 1, r, N]
             # A chunk that the block begins within is resident as one of its own, up to the block.
             within = (self.starts % self.chunk != 0).unsqueeze(-1)
-            self.fixed = self.forced | ((place == full) & within)
+            self.begun = self.valid | ((place == full) & within)
+            self.fixed = self.forced | (self.begun & ~self.valid)
+            self.steps = _Steps(rule, self.starts, width, self.n) if rule.demand is not None else None
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """[B, Hq, W, D] of the blocks' queries [B, Hq, W, D], keys and values [B, Hkv, W, D]."""
@@ -429,8 +495,13 @@ class _Block:
         scores = (scaled.flatten(2, 4) @ keys.mT).view(*shape, self.n)
         own = (scaled.flatten(3, 4) @ own_keys.mT).view(*shape, self.width).masked_fill_(~self.causal, -torch.inf)
         if layer in self.sparse_layers:
-            keep = self._sets(layer, q6, scores, scale)  # [P, hs, r, W, N]
-            scores.unflatten(-1, (-1, self.chunk)).masked_fill_(~keep[:, :, :, None, ..., None], -torch.inf)
+            keep = self._sets(layer, q6, scores, own_keys, scale)  # [P, hs, r, W, N or more]
+            past_keep = keep[..., : self.n // self.chunk]
+            if self.steps is not None:  # its later chunks are the block's own
+                past_keep = past_keep & self.begun[:, None, :, None]
+            scores.unflatten(-1, (-1, self.chunk)).masked_fill_(~past_keep[:, :, :, None, ..., None], -torch.inf)
+            if self.steps is not None:
+                own.masked_fill_(~self.steps.of_own_tokens(keep)[:, :, :, None], -torch.inf)
             if not self.aligned:
                 scores.masked_fill_(~self.before_start[:, None, :, None, None], -torch.inf)
         elif self.ragged:
@@ -443,40 +514,45 @@ class _Block:
         out += (own.flatten(3, 4) @ own_values).view_as(out)
         return (out / total).transpose(1, 2).flatten(2, 3).flatten(0, 1).to(dtype)
 
-    def _sets(self, layer: int, q6: torch.Tensor, scores: torch.Tensor, scale: float) -> torch.Tensor:
-        """Chunks that each step of each lane reads, bool [P, 1 or Hkv, r, W, N]. scores: of the true keys."""
-        rule = self.rule
+    def _sets(
+        self, layer: int, q6: torch.Tensor, scores: torch.Tensor, own_keys: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Chunks that each step of each lane reads, bool [P, 1 or Hkv, r, W, N]; with demand those that the block
+        writes follow. scores: of the past's true keys. own_keys: of the block, [P, Hkv, r, W, D]."""
+        rule, steps = self.rule, self.steps
         assert rule is not None
-        rooms = rule.rooms(self.cpu_starts, layer)
-        room = rooms.room.to(self.starts.device, non_blocking=True).unsqueeze(1)  # [P, 1, r]
+        room = rule.rooms(self.cpu_starts, layer).room
+        most = 0 if rule.lookahead == "none" else int(room.max())
         scored = self._shared(scale) if rule.sets == "shared" else self._expected(layer, scores, scale)
-        most = 0 if rule.lookahead == "none" else int(rooms.room.max())
-        member = start_set(scored, self.eligible, room[:, 0], most)
-        fixed = self.fixed.unsqueeze(1)
-        if rule.demand is None or not int(rooms.room.max()):
+        member = start_set(scored, self.eligible, room.to(self.starts.device, non_blocking=True), most)
+        if steps is None:
             if self.traffic is not None:
                 self.traffic.add(layer, room.new_zeros(self.width))
-            return (member > 0).logical_or_(fixed).unsqueeze(3).expand(-1, -1, -1, self.width, -1)
+            return (member > 0).logical_or_(self.fixed.unsqueeze(1)).unsqueeze(3).expand(-1, -1, -1, self.width, -1)
+        assert rule.demand is not None
         if isinstance(rule.demand, Exact):
             logits = scores.unflatten(-1, (-1, self.chunk)).logsumexp(-1)
         else:
             prepared = self._prepared(rule.demand, layer)
             logits = rule.demand.chunk_logits(prepared, q6.flatten(2, 4), scale, self.chunk).view(*q6.shape[:-1], -1)
-        mass = self._lanes(self._share(logits))  # [P, hs, r, W, N]
+        written = steps.own_logits(rule.demand, layer, self.past.keys[layer], own_keys, q6, scale)
+        logits = steps.with_own(logits, written).masked_fill_(~steps.valid[:, None, :, None], -torch.inf)
+        mass = self._lanes(logits.softmax(-1).mean(3)).movedim(3, 0).contiguous()  # [W, P, hs, r, N + more]
         usage = self._lanes(self._usage(layer, scale)) if rule.carry_usage else scored
-        mass = mass.masked_fill_(~self.eligible.unsqueeze(3), -1.0).movedim(3, 0).contiguous()
+        lanes, more = mass.shape[1:-1], (0, mass.shape[-1] - member.shape[-1])
         keep, picked = demand_sets(
             mass,
-            member.expand(mass.shape[1:]).contiguous(),
-            usage.expand(mass.shape[1:]).clone(),
-            room.expand(mass.shape[1:-1]),
+            steps.eligible.movedim(2, 0).unsqueeze(2),
+            F.pad(member.expand(*lanes, -1), more).contiguous(),
+            F.pad(usage.expand(*lanes, -1), more).contiguous(),
+            steps.room(self.cpu_starts, layer).unsqueeze(2).expand(mass.shape[:-1]),
             chunks=rule.demand_chunks,
             threshold=rule.demand_threshold,
             decay=rule.decay,
         )
         if self.traffic is not None:
             self.traffic.add(layer, picked)
-        return keep.logical_or_(fixed).movedim(0, 3)
+        return keep.movedim(0, 3).logical_or_(steps.fixed.unsqueeze(1))
 
     def _prepared(self, index: KeyIndex, layer: int) -> torch.Tensor:
         whole = self.past.prepared(index, layer, self.chunk)

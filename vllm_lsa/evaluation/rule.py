@@ -129,17 +129,29 @@ class SelectionRule:
         indexes = {i for i in (self.demand, self.lookahead_index) if i is not None}
         return sum(index.share(head_dim, self.chunk_tokens) for index in indexes)
 
-    def rooms(self, starts: torch.Tensor, layer: int) -> "Rooms":
-        """Capacities of the lanes of a layer for blocks that start at `starts`, int64 [B] on the CPU."""
+    def rooms(self, at: torch.Tensor, layer: int) -> "Rooms":
+        """Capacities of a layer's lanes, as `LookaheadScheduler` has them; at: int64, any shape, on the CPU.
+
+        Without demand a set serves a whole period, and `at` is where blocks start: what a block writes stays resident
+        beside it. With demand a lane takes in what it needs at every step, and what a block writes is as good as any
+        other chunk once it is not among the newest: `at` is the position of any step's token.
+        """
         c = self.chunk_tokens
-        full = starts // c
-        own = -(-(starts + self.period) // c) - full
-        sink = full.clamp(max=self.sink_tokens // c)
-        recency = (full - sink).clamp(max=self.recency_tokens // c)
-        forced = sink + recency + own
+        sinks, newest = self.sink_tokens // c, self.recency_tokens // c
+        full = at // c
+        sink = full.clamp(max=sinks)
+        recency = (full - sink).clamp(max=newest)
         weight = 1.0 if self.layer_weights is None else self.layer_weights[layer]
-        free = ((self.budget * full.double()).long() - forced).clamp(min=0)
-        room = (free.double() * weight).long().minimum(full - sink - recency)
+        if self.demand is None:
+            own = -(-(at + self.period) // c) - full
+            free = ((self.budget * full.double()).long() - sink - recency - own).clamp(min=0)
+            room = (free.double() * weight).long()
+        else:
+            own = torch.ones_like(full)  # the chunk of the step's own token
+            least = sinks + newest + 1 + self.demand_chunks
+            free = ((self.budget * (full + 1).double()).long() - least).clamp(min=0)
+            room = least + (free.double() * weight).long() - 1 - sink - recency
+        room = room.minimum(full - sink - recency)
         if self.budget >= 1:
             room = full - sink - recency
         return Rooms(full, own, sink, recency, room)
@@ -163,10 +175,10 @@ class SelectionRule:
 
 @dataclass(frozen=True)
 class Rooms:
-    """Chunks of each block, int64 [B] on the CPU.
+    """Chunks of a lane, int64 of one shape on the CPU.
 
-    full: whole chunks before the block, of which sink + recency are forced and `room` may be chosen. own: chunks that
-    the block itself touches, always resident.
+    full: whole chunks, of which sink + recency are forced and `room` may be chosen. own: besides them, resident as the
+    block writes them.
     """
 
     full: torch.Tensor
@@ -177,7 +189,7 @@ class Rooms:
 
     @property
     def caps(self) -> torch.Tensor:
-        """Most chunks of a lane that are resident at a time, int64 [B]."""
+        """Most chunks of a lane that are resident at a time."""
         return self.sink + self.recency + self.own + self.room
 
 
@@ -198,6 +210,7 @@ def start_set(scores: torch.Tensor, eligible: torch.Tensor, room: torch.Tensor, 
 
 def demand_sets(
     mass: torch.Tensor,
+    eligible: torch.Tensor,
     member: torch.Tensor,
     usage: torch.Tensor,
     room: torch.Tensor,
@@ -208,32 +221,40 @@ def demand_sets(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sets of every step of a block, the step's demanded chunks included.
 
-    A step picks up to `chunks` chunks outside the set with the most mass, if that is over `threshold`; then usage
+    A chunk that becomes eligible during the block has been resident until then and is a member from there on. A step
+    picks up to `chunks` chunks outside the set with the most mass, if that is over `threshold`; then usage
     becomes max(usage · decay, mass); then the least used chunks, but none just picked, leave until the set has `room`.
 
-    mass: fp32 [T, lanes.., N], a step's share for each chunk; below 0 for chunks that cannot be chosen (not there, or
-    forced). member: fp32 [lanes.., N], 0 or 1, the set at the start, changed in place. usage: fp32, its shape, changed
-    in place. room: int64 [lanes..]. Returns bool [T, lanes.., N] and the number of picked chunks [T, lanes..].
-    No step waits for the device.
+    mass: fp32 [T, lanes.., N], a step's share for each chunk; 0 for chunks that are not there. eligible: bool, its
+    shape or one that expands to it, chunks that a set may hold: there, and not forced. member: fp32 [lanes.., N], 0 or
+    1, the set at the start, changed in place. usage: fp32, its shape, changed in place. room: int64 [T, lanes..], never
+    falling. Returns bool [T, lanes.., N] and the number of picked chunks [T, lanes..]. No step waits for the device.
     """
     steps, lanes, n = mass.shape[0], mass.shape[1:-1], mass.shape[-1]
     k = min(chunks, n)
+    most = min(k + 1, n)  # a chunk may come of itself besides
     keep = torch.empty(mass.shape, dtype=torch.bool, device=mass.device)
     picks = torch.empty(steps, *lanes, k, dtype=torch.bool, device=mass.device)
-    rank = torch.arange(k, device=mass.device)
+    rank = torch.arange(most, device=mass.device)
+    room = room.unsqueeze(-1)
     # A lane with less room than k picks no more than fits.
-    least = torch.where(rank < room.unsqueeze(-1), max(threshold, 0.0), torch.inf)
+    least = torch.where(rank[:k] < room, max(threshold, 0.0), torch.inf)
+    joining = (eligible[1:] & ~eligible[:-1]).float()
     size = member.sum(-1, keepdim=True)
+    joined = joining.sum(-1, keepdim=True)
     infinite = torch.full((), torch.inf, device=mass.device)
     for t in range(steps):
+        if t:
+            member.add_(joining[t - 1])
+            size = size + joined[t - 1]
         inside = member > 0
-        best, index = mass[t].masked_fill(inside, -1.0).topk(k, dim=-1)
-        picked = torch.gt(best, least, out=picks[t])
+        best, index = torch.where(eligible[t] & ~inside, mass[t], -1.0).topk(k, dim=-1)
+        picked = torch.gt(best, least[t], out=picks[t])
         torch.maximum(usage.mul_(decay), mass[t], out=usage)
-        worst = torch.where(inside, usage, infinite).topk(k, dim=-1, largest=False).indices
+        worst = torch.where(inside, usage, infinite).topk(most, dim=-1, largest=False).indices
         size = size + picked.sum(-1, keepdim=True)
-        leave = rank < size - room.unsqueeze(-1)
-        size = size.minimum(room.unsqueeze(-1))
+        leave = rank < size - room[t]
+        size = size.minimum(room[t])
         # Adding 0 leaves a chunk as it is, so that lanes with fewer picks need no other treatment.
         member.scatter_add_(-1, index, picked.float()).scatter_add_(-1, worst, -leave.float())
         torch.gt(member, 0, out=keep[t])
