@@ -19,8 +19,8 @@ import pytest
 from tests import prompts
 from tests.cli import ENVIRONMENT, end_session
 from tests.paths import MODEL, ROOT
-from vllm_lsa.demo.server import free_port
 from vllm_lsa.metrics import METRICS
+from vllm_lsa.serving.server import free_port
 
 pytestmark = pytest.mark.vllm
 CLIENTS, TOKENS = 16, 24

@@ -10,6 +10,7 @@ from vllm_lsa.indexer.checkpoint import Checkpoint, layer_shapes, read_checkpoin
 from vllm_lsa.indexer.indexer_config import AGAIN
 from vllm_lsa.indexer.model_card import aligned, evaluation_table
 from vllm_lsa.indexer.product import ProductTables
+from vllm_lsa.indexer.trained import find
 
 
 def parameters(checkpoint: Checkpoint) -> int:
@@ -93,7 +94,7 @@ def _demand_index(checkpoint: Checkpoint) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    checkpoint = read_checkpoint(args.checkpoint)
+    checkpoint = read_checkpoint(find(args.checkpoint) or args.checkpoint)
     if args.json:
         print(json.dumps(summary(checkpoint), indent=1))
     else:
@@ -105,6 +106,7 @@ def add_command(subparsers: Any) -> None:
     """Adds ``inspect`` to the command line."""
     text = "what a memory indexer's checkpoint is (exit status 0, or 2 if it is damaged, foreign or too new)"
     parser = subparsers.add_parser("inspect", help=text)
-    parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint folder, or a joint .pt or .safetensors file")
+    what = "a checkpoint folder, a shipped one's name, or a joint .pt or .safetensors file"
+    parser.add_argument("checkpoint", metavar="CKPT", help=what)
     parser.add_argument("--json", action="store_true", help="the report as JSON")
     parser.set_defaults(run=run)

@@ -1,5 +1,6 @@
 """A `vllm serve` of our own: started on a free local port, watched until it answers, ended with all its processes."""
 
+import json
 import os
 import re
 import signal
@@ -9,12 +10,15 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from vllm_lsa.demo.progress import Status
 from vllm_lsa.errors import LsaError
+from vllm_lsa.serving.progress import Status
 
 LOG_PREFIX = re.compile(r"^\(\w+ pid=\d+\) ")
 
@@ -29,27 +33,72 @@ def log_tail(log: Path, lines: int) -> list[str]:
     return [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-lines:]
 
 
-class Server:
-    """A context manager. model: a Hugging Face folder, served under its name. backend: of attention. port: 0 = free."""
+@contextmanager
+def signals_raise() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP raise SystemExit and SIGINT KeyboardInterrupt, so that a `Server` is ended with us.
 
-    def __init__(self, model: Path, backend: str, log: Path, max_model_len: int = 8192, port: int = 0) -> None:
+    For the main thread alone.
+    """
+
+    def leave(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    # A shell's background job starts with SIGINT ignored.
+    wanted = {signal.SIGTERM: leave, signal.SIGHUP: leave, signal.SIGINT: signal.default_int_handler}
+    before = {sign: signal.signal(sign, handler) for sign, handler in wanted.items()}
+    try:
+        yield
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+
+
+class Server:
+    """A context manager.
+
+    model: a Hugging Face folder, served under its name. backend: of attention; None for vLLM's own choice. port: 0 =
+    free. dtype: None for float32 on a CPU, else vLLM's choice. lsa: settings of the LSA backend. arguments,
+    environment: what `vllm serve` gets besides.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        backend: str | None,
+        log: Path,
+        max_model_len: int = 8192,
+        port: int = 0,
+        dtype: str | None = None,
+        lsa: Mapping[str, Any] | None = None,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.model = model.name
         self.log = log
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model.resolve())]
         self._command += ["--served-model-name", self.model, "--host", "127.0.0.1", "--port", str(self.port)]
-        self._command += ["--attention-backend", backend, "--max-model-len", str(max_model_len)]
+        self._command += ["--max-model-len", str(max_model_len)]
+        if backend is not None:
+            self._command += ["--attention-backend", backend]
+        if lsa is not None:
+            self._command += ["--additional-config", json.dumps({"lsa": dict(lsa)})]
         # Compiling would take longer than the demo; a small prefill chunk needs little working memory.
         self._command += ["--enforce-eager", "--max-num-batched-tokens", "1024", "--gpu-memory-utilization", "0.4"]
         self._environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         if "cpu" in version("vllm"):
             # The worker inside the engine process starts 30 s sooner, and threads without binding use every core:
             # vLLM's own choice keeps one for the server. Few CPUs multiply bf16 faster than fp32.
-            self._command += ["--distributed-executor-backend", "uni", "--dtype", "float32"]
+            self._command += ["--distributed-executor-backend", "uni"]
+            dtype = dtype or "float32"
             self._environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             self._environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
             self._environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+        if dtype is not None:
+            self._command += ["--dtype", dtype]
+        self._command += arguments
+        self._environment |= environment or {}
 
     def __enter__(self) -> "Server":
         """Starts the server and waits until it is healthy. Raises LsaError if it ends before that."""
