@@ -2,8 +2,9 @@
 
 import pytest
 
-from tests import prompts, random_checkpoint
+from tests import prompts
 from tests.paths import run_module
+from vllm_lsa.indexer.trained import SHIPPED
 
 STEPS = 66
 LENGTHS = [4000, 4100, 4210, 4333]
@@ -29,9 +30,7 @@ def test_logits_equal_the_oracle_for_every_policy(tmp_path):
     # Each continues the one before, so that all but the first also come through the prefix cache.
     tokens = [text[:length] for length in LENGTHS]
     lsa = {"period": 16, "budget": 0.135, "check": "poison", "device_pool_fraction": 0.1, "demand": "four_bit"}
-    # The tables and weights are random: they decide what is chosen, not whether it is attended to right.
-    folder = random_checkpoint.write(tmp_path / "checkpoint", 30, 9, 3, 64, 16)
-    spec = {"checkpoint": str(folder), "prompts": tokens, "steps": STEPS, "runs": RUNS, "lsa": lsa}
+    spec = {"checkpoint": str(SHIPPED / "smollm2-135m-instruct"), "prompts": tokens, "steps": STEPS, "runs": RUNS, "lsa": lsa}
     for run in run_module("tests.compare_with_oracle", spec, tmp_path, 1200):
         assert run["steps"] >= 256 and run["worst"] <= 1.5e-4 and run["beyond"] <= 5e-5, run
         if run["indexer"] != "keep_all":
