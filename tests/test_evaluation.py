@@ -163,13 +163,12 @@ class Naive:
         weight = rule.layer_weights[layer] if rule.layer_weights else 1.0
         full = at // c
         forced = len(self.forced(full))
+        growth = math.ceil(rule.period / c) if rule.demand is None else rule.demand_chunks
+        least = rule.sink_tokens // c + rule.recency_tokens // c + 1 + growth
+        spare = int(max(0, int(rule.budget * (full + 1)) - least) * weight)
         if rule.demand is None:
-            own = math.ceil((at + rule.period) / c) - full
-            spare = max(0, int(rule.budget * full) - own - forced)
-            return min(full - forced, int(spare * weight))
-        least = rule.sink_tokens // c + rule.recency_tokens // c + 1 + rule.demand_chunks
-        cap = min(full + 1, least + int(max(0, int(rule.budget * (full + 1)) - least) * weight))
-        return cap - 1 - forced
+            return min(full - forced, spare)
+        return min(full + 1, least + spare) - 1 - forced
 
     def step(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         rule, c, kv_heads = self.rule, self.rule.chunk_tokens, k.shape[0]
@@ -361,7 +360,7 @@ def test_index_bytes() -> None:
     # Resident: what the caps say over all chunks at the end of a block.
     rule = SelectionRule(budget=0.25, recency_tokens=32)
     starts = torch.tensor([1024, 2048])
-    caps = [16, 32]
+    caps = [15, 31]
     assert rule.rooms(starts, 0).caps.tolist() == caps
     assert resident_share(rule, starts, 1) == sum(caps) / (64 + 128 + 8)
     weighted = SelectionRule(budget=0.25, recency_tokens=32, layer_weights=(0.5, 100.0))

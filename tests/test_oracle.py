@@ -30,7 +30,8 @@ def test_logits_equal_the_oracle_for_every_policy(tmp_path):
     # Each continues the one before, so that all but the first also come through the prefix cache.
     tokens = [text[:length] for length in LENGTHS]
     lsa = {"period": 16, "budget": 0.135, "check": "poison", "device_pool_fraction": 0.1, "demand": "four_bit"}
-    spec = {"checkpoint": str(SHIPPED / "smollm2-135m-instruct"), "prompts": tokens, "steps": STEPS, "runs": RUNS, "lsa": lsa}
+    shipped = str(SHIPPED / "smollm2-135m-instruct")
+    spec = {"checkpoint": shipped, "prompts": tokens, "steps": STEPS, "runs": RUNS, "lsa": lsa}
     for run in run_module("tests.compare_with_oracle", spec, tmp_path, 1200):
         assert run["steps"] >= 256 and run["worst"] <= 1.5e-4 and run["beyond"] <= 5e-5, run
         if run["indexer"] != "keep_all":

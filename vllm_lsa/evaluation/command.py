@@ -21,6 +21,8 @@ METHODS = {
 }
 DEFAULT_METHODS = ("dense", "lsa", "lookahead", "demand", "recency", "random", "mean_key", "quest")
 
+SERVED_STEPS = 192
+
 _RULE_OPTIONS: dict[str, tuple[type, str]] = {
     "chunk_tokens": (int, "tokens of a chunk, a divisor of 64 (default: 16, with demand 8 or the checkpoint's)"),
     "sink_tokens": (int, "tokens at the start that are always resident (default: 16)"),
@@ -59,10 +61,34 @@ def run(args: argparse.Namespace) -> int:
     bad = [context for context in args.contexts if context % 64 or context < 256]
     if bad:
         raise LsaError(f"--contexts {bad[0]} is not a multiple of 64 tokens from 256 on")
+    if args.served:
+        _check_served(args)
+    elif args.steps is not None:
+        raise LsaError(f"--steps {args.steps} is of --served: give both or neither")
     from vllm_lsa.evaluation.run import evaluate
 
     settings = {name: getattr(args, name) for name in (*_RULE_OPTIONS, "sets") if getattr(args, name) is not None}
+    if args.served:
+        from vllm_lsa.evaluation import served_report
+        from vllm_lsa.evaluation.served import ServedEvaluation
+
+        return evaluate(args, settings, ServedEvaluation, served_report.write)
     return evaluate(args, settings)
+
+
+def _check_served(args: argparse.Namespace) -> None:
+    """Raises LsaError on what cannot be served; fills in --steps."""
+    if args.quick:
+        raise LsaError("--quick is of the offline form: leave it out, or give fewer --steps with --served")
+    args.steps = SERVED_STEPS if args.steps is None else args.steps
+    if args.steps % 64 or args.steps < 128:
+        raise LsaError(f"--steps {args.steps} is not a multiple of 64 from 128 on")
+    short = min(args.contexts)
+    if short - args.steps < 256:
+        raise LsaError(
+            f"--contexts {short} leaves {short - args.steps} tokens of prompt before --steps {args.steps}: "
+            "at least 256 are needed"
+        )
 
 
 def add_command(subparsers: Any) -> None:
@@ -88,6 +114,17 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the model")
     parser.add_argument("--quick", action="store_true", help="every other block of a document")
+    parser.add_argument(
+        "--served",
+        action="store_true",
+        help="through real servers (vllm serve), one for each method, budget and context: documents forced upon them "
+        "token by token, beside the same offline, and tasks answered freely; no recall",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help=f"with --served: tokens at the end of a document that are decoded (default: {SERVED_STEPS})",
+    )
     parser.add_argument("--seconds", type=float, help="stop after so long and report what is there")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of documents and of the tasks")
     parser.add_argument("--sets", choices=["per_head", "per_layer", "shared"], help="resident sets (default: per_head)")

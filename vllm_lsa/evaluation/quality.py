@@ -1,5 +1,6 @@
 """What sparse decoding costs: NLL, KL and top-1 agreement on documents, accuracy on the suite, recall, traffic."""
 
+import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ class Window:
 
     name: str
     tokens: torch.Tensor
+
+    @property
+    def digest(self) -> str:
+        """Of the tokens: tells records of one text from those of another."""
+        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()[:12]
 
 
 def read_texts(folder: Path, seed: int = 0) -> list[tuple[str, str]]:

@@ -54,7 +54,8 @@ def _table_bytes(trained: Any) -> int:
     return 2 * sum(x.numel() for x in (t.to_code, t.to_query, t.mean, t.centroids))
 
 
-def _groups(records: Iterable[Mapping[str, Any]], kind: str, names: Sequence[str]) -> dict[tuple[Any, ...], list[Any]]:
+def groups(records: Iterable[Mapping[str, Any]], kind: str, names: Sequence[str]) -> dict[tuple[Any, ...], list[Any]]:
+    """Records of a kind by what they have under some names."""
     found: dict[tuple[Any, ...], list[Any]] = {}
     for record in records:
         if record["kind"] == kind:
@@ -62,7 +63,8 @@ def _groups(records: Iterable[Mapping[str, Any]], kind: str, names: Sequence[str
     return found
 
 
-def _mean(values: Iterable[float]) -> float:
+def mean(values: Iterable[float]) -> float:
+    """The mean of at least one value."""
     data = list(values)
     return sum(data) / len(data)
 
@@ -70,30 +72,30 @@ def _mean(values: Iterable[float]) -> float:
 def quality_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
     """One row for each context, method and budget. Shares are of 1; dnll_percent is the mean over documents."""
     names = ("context", "budget", "method")
-    documents, tasks = _groups(records, "document", names), _groups(records, "task", names)
+    documents, tasks = groups(records, "document", names), groups(records, "task", names)
     dense_right = {key[0]: _accuracy(found) for key, found in tasks.items() if key[2] == "dense"}
     rows = []
     for key in dict.fromkeys((*documents, *tasks)):
         results = [record["result"] for record in documents.get(key, [])]
         costs = results or [record["result"] for record in tasks[key]]
-        resident, index = _mean(c["resident"] for c in costs), costs[0]["index"]
+        resident, index = mean(c["resident"] for c in costs), costs[0]["index"]
         row: Row = dict(zip(names, key, strict=True))
         row |= {"bytes_total": resident + index, "bytes_resident": resident, "bytes_index": index}
         row |= {"documents": len(results)}
         if results:
             change = relative_nll(results)
             low, high = bootstrap(change)
-            row |= {"nll": _mean(r["nll"] for r in results), "dnll_percent": 100 * _mean(change)}
+            row |= {"nll": mean(r["nll"] for r in results), "dnll_percent": 100 * mean(change)}
             row |= {"dnll_low": 100 * low, "dnll_high": 100 * high}
-            row |= {name: _mean(r[name] for r in results) for name in ("kl", "top1")}
+            row |= {name: mean(r[name] for r in results) for name in ("kl", "top1")}
         if key in tasks:
             row |= {"samples": len(tasks[key]), **_accuracy(tasks[key])}
             dense = dense_right.get(key[0])
             if dense and dense["before"] + dense["inside"]:
                 right = row["before"] + row["inside"]
                 row["against_dense"] = right / (dense["before"] + dense["inside"])
-        row["demanded_per_lane_step"] = _mean(_mean(c["demanded"]) if c["demanded"] else 0.0 for c in costs)
-        row["demanded_bytes_per_step"] = _mean(c["demanded_bytes"] for c in costs)
+        row["demanded_per_lane_step"] = mean(mean(c["demanded"]) if c["demanded"] else 0.0 for c in costs)
+        row["demanded_bytes_per_step"] = mean(c["demanded_bytes"] for c in costs)
         rows.append(row)
     return rows
 
@@ -101,19 +103,19 @@ def quality_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
 def _accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Share of samples that are right in each variant, all tasks together."""
     results = [record["result"]["right"] for record in records]
-    return {variant: _mean(float(right[variant]) for right in results) for variant in ("before", "inside")}
+    return {variant: mean(float(right[variant]) for right in results) for variant in ("before", "inside")}
 
 
 def task_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
     """One row for each context, method, budget, task and variant."""
     rows = []
-    for key, found in _groups(records, "task", ("context", "budget", "method", "task")).items():
+    for key, found in groups(records, "task", ("context", "budget", "method", "task")).items():
         for variant in ("before", "inside"):
             row: Row = dict(zip(("context", "budget", "method", "task"), key, strict=True))
             right = [float(record["result"]["right"][variant]) for record in found]
             low, high = bootstrap(right)
-            row |= {"variant": variant, "samples": len(right), "right": _mean(right), "low": low, "high": high}
-            row["values_right"] = _mean(record["result"]["share"][variant] for record in found)
+            row |= {"variant": variant, "samples": len(right), "right": mean(right), "low": low, "high": high}
+            row["values_right"] = mean(record["result"]["share"][variant] for record in found)
             rows.append(row)
     return rows
 
@@ -121,11 +123,11 @@ def task_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
 def recall_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
     """One row for each context, lookahead, budget and layer; shares of 1, see `SparseModel.recall`."""
     rows = []
-    for key, found in _groups(records, "recall", ("context", "budget", "method")).items():
+    for key, found in groups(records, "recall", ("context", "budget", "method")).items():
         results = [record["result"] for record in found]
         for layer in range(len(results[0]["mass"])):
             row: Row = dict(zip(("context", "budget", "lookahead"), key, strict=True)) | {"layer": layer}
-            row |= {name: _mean(r[name][layer] for r in results) for name in ("mass", "oracle", "chunks", "at_stake")}
+            row |= {name: mean(r[name][layer] for r in results) for name in ("mass", "oracle", "chunks", "at_stake")}
             rows.append(row)
     return rows
 
@@ -133,11 +135,11 @@ def recall_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
 def traffic_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Chunks that a lane demands per step, one row for each context, method, budget and layer."""
     rows = []
-    for key, found in _groups(records, "document", ("context", "budget", "method")).items():
+    for key, found in groups(records, "document", ("context", "budget", "method")).items():
         layers = [record["result"]["demanded"] for record in found if record["result"]["demanded"]]
         for layer in range(len(layers[0]) if layers else 0):
             row: Row = dict(zip(("context", "budget", "method"), key, strict=True))
-            rows.append(row | {"layer": layer, "chunks_per_step": _mean(each[layer] for each in layers)})
+            rows.append(row | {"layer": layer, "chunks_per_step": mean(each[layer] for each in layers)})
     return rows
 
 
@@ -150,16 +152,22 @@ def write(folder: Path, about: Mapping[str, Any], records: Sequence[Mapping[str,
         "traffic": traffic_rows(records),
     }
     (folder / "results.json").write_text(json.dumps({**about, **tables}, indent=1) + "\n", encoding="utf-8")
-    origin = f"# {about['date']}; {about['machine']['device']}; {about['versions']}; {about['command']}"
+    origin = origin_line(about)
     for name, rows in tables.items():
-        _write_csv(folder / f"{name}.csv", rows, origin)
+        write_csv(folder / f"{name}.csv", rows, origin)
     drawn = draw(folder, tables, about)
     lines = aligned(_text_table(tables["quality"])) if tables["quality"] else ["nothing was measured"]
     lines.append(f"in {folder}: results.json, {', '.join(f'{name}.csv' for name in tables)}{drawn}")
     return "\n".join(lines)
 
 
-def _write_csv(path: Path, rows: Sequence[Row], origin: str) -> None:
+def origin_line(about: Mapping[str, Any]) -> str:
+    """The first line of each CSV file."""
+    return f"# {about['date']}; {about['machine']['device']}; {about['versions']}; {about['command']}"
+
+
+def write_csv(path: Path, rows: Sequence[Row], origin: str) -> None:
+    """Rows as a CSV file, after `origin`, a line that says where they come from."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="", encoding="utf-8") as file:
         file.write(origin + "\n")

@@ -142,15 +142,15 @@ class SelectionRule:
         sink = full.clamp(max=sinks)
         recency = (full - sink).clamp(max=newest)
         weight = 1.0 if self.layer_weights is None else self.layer_weights[layer]
+        growth = -(-self.period // c) if self.demand is None else self.demand_chunks
+        least = sinks + newest + 1 + growth
+        room = ((self.budget * (full + 1).double()).long() - least).clamp(min=0)
+        room = (room.double() * weight).long()
         if self.demand is None:
             own = -(-(at + self.period) // c) - full
-            free = ((self.budget * full.double()).long() - sink - recency - own).clamp(min=0)
-            room = (free.double() * weight).long()
         else:
             own = torch.ones_like(full)  # the chunk of the step's own token
-            least = sinks + newest + 1 + self.demand_chunks
-            free = ((self.budget * (full + 1).double()).long() - least).clamp(min=0)
-            room = least + (free.double() * weight).long() - 1 - sink - recency
+            room = room + least - 1 - sink - recency
         room = room.minimum(full - sink - recency)
         if self.budget >= 1:
             room = full - sink - recency

@@ -5,7 +5,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,7 +87,7 @@ class Records:
         self._file.close()
 
 
-class _Stop(Exception):
+class Stopped(Exception):
     """The time given by --seconds is over."""
 
 
@@ -135,16 +135,20 @@ class Evaluation:
 
     def check_time(self) -> None:
         if self.args.seconds is not None and time.monotonic() - self.begun > self.args.seconds:
-            raise _Stop
+            raise Stopped
+
+    def check_contexts(self) -> None:
+        """Raises LsaError if a context is longer than the model takes."""
+        longest = getattr(self.model.model.config, "max_position_embeddings", None)
+        if longest is not None and max(self.args.contexts) > longest:
+            raise LsaError(f"--contexts {max(self.args.contexts)}: this model takes at most {longest} tokens")
 
     def run(self) -> None:
         """Measure what is not there yet. Sets `finished` unless time ran out."""
         args = self.args
         tokenizer = self.model.tokenizer()
         texts = read_texts(args.text, args.seed)
-        longest = getattr(self.model.model.config, "max_position_embeddings", None)
-        if longest is not None and max(args.contexts) > longest:
-            raise LsaError(f"--contexts {max(args.contexts)}: this model takes at most {longest} tokens")
+        self.check_contexts()
         jobs: list[tuple[str, int, Any]] = []
         for context in args.contexts:
             windows = make_windows(texts, tokenizer, context, args.documents) if args.documents else []
@@ -171,7 +175,7 @@ class Evaluation:
                     bar.set_postfix_str(f"{context} tokens, {kind}")
                     measure(context, item, missing, bar)
             self.finished = True
-        except (_Stop, KeyboardInterrupt):
+        except (Stopped, KeyboardInterrupt):
             self.notes.append("stopped before the end: give the same command again to go on")
         finally:
             bar.close()
@@ -189,14 +193,14 @@ class Evaluation:
                     yield cell, [self.what("recall", cell, context, part)]
             return
         for cell in self.cells:
-            yield cell, [self.what("task", cell, context, self._task_part(pair)) for pair in item]
+            yield cell, [self.what("task", cell, context, self.task_part(pair)) for pair in item]
 
     def _window_part(self, place: int, window: Window) -> dict[str, Any]:
         every = 2 if self.args.quick else 1
-        digest = hashlib.sha256(window.tokens.numpy().tobytes()).hexdigest()[:12]
-        return {"document": window.name, "tokens": digest, "every": every, "offset": place % every}
+        return {"document": window.name, "tokens": window.digest, "every": every, "offset": place % every}
 
-    def _task_part(self, pair: Sequence[Task]) -> dict[str, Any]:
+    def task_part(self, pair: Sequence[Task]) -> dict[str, Any]:
+        """Which sample of the suite, in a record."""
         digest = hashlib.sha256(str(pair[0].tokens).encode()).hexdigest()[:12]
         return {"task": pair[0].name, "sample": pair[0].index, "tokens": digest}
 
@@ -253,9 +257,17 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def evaluate(args: argparse.Namespace, settings: Mapping[str, Any]) -> int:
+Write = Callable[[Path, Mapping[str, Any], Sequence[Mapping[str, Any]]], str]
+
+
+def evaluate(
+    args: argparse.Namespace,
+    settings: Mapping[str, Any],
+    make: Callable[[argparse.Namespace, Mapping[str, Any]], Evaluation] = Evaluation,
+    write: Write = report.write,
+) -> int:
     """Measure, write the reports, print the table. Exit status 0, also when time ran out. Raises LsaError."""
-    evaluation = Evaluation(args, settings)
+    evaluation = make(args, settings)
     for note in evaluation.notes:
         print(f"vllm-lsa: {note}", file=sys.stderr)
     shown = len(evaluation.notes)
@@ -264,5 +276,5 @@ def evaluate(args: argparse.Namespace, settings: Mapping[str, Any]) -> int:
         print(f"vllm-lsa: {note}", file=sys.stderr)
     rules = {name: rule.describe() for name, rule in evaluation.rules.items()}
     facts = report.facts(args, rules, evaluation, time.monotonic() - evaluation.begun)
-    print(report.write(args.out, facts, evaluation.results()))
+    print(write(args.out, facts, evaluation.results()))
     return 0
