@@ -48,7 +48,7 @@ def exchange(engine, settings: dict) -> LsaConfig:
     engine.config = engine.lookahead._config = config
     kind = (g.chunk_tokens, g.head_dim, g.dtype)
     trained = engine_module.load_trained(config, engine._device)
-    engine._policy = make_policy(config.indexer, *kind, trained)
+    engine._policy = make_policy(config.policy, *kind, trained)
     engine._demand = engine.attention._demand = make_demand(config.demand, *kind, trained)
     weights = None if trained is None else trained.config.layer_weights
     engine.lookahead.__init__(config, g, engine.pool, engine.transfers, engine._select, engine._max_requests, weights)

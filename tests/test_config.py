@@ -19,6 +19,7 @@ GEOMETRY = KVGeometry(30, 9, 3, 64, torch.bfloat16, 128, 16)
         ({"period": 0}, ["lsa.period=0"]),
         ({"mode": "max"}, ["lsa.mode='max'", "'or' or 'mean'"]),
         ({"lead": 64}, ["lsa.lead=64", "lsa.period=64", "lower lead"]),
+        ({"lookahead": "usage"}, ["lsa.lookahead='usage'", "lsa.indexer, which is 'mean_key'", "to 'usage' instead"]),
         ({"recency_tokens": 100}, ["lsa.recency_tokens=100", "lsa.chunk_tokens=16"]),
         ({"device_pool_gib": 1, "device_pool_fraction": 0.5}, ["lsa.device_pool_gib=1", "set one of them"]),
     ],

@@ -225,12 +225,15 @@ def test_shared_sets_modes_and_selections_ahead_of_their_cycle(sets, mode, lead)
 
 
 @pytest.mark.parametrize("sets", ["per_head", "per_layer", "shared"])
-@pytest.mark.parametrize("demand", ["product", "off"])
-def test_a_trained_checkpoint_serves_scores_index_and_shares_of_the_budget(tmp_path, sets, demand):
+@pytest.mark.parametrize(
+    "demand, lookahead", [("product", "indexer"), ("off", "indexer"), ("product", "usage"), ("product", "recency")]
+)
+def test_a_trained_checkpoint_serves_scores_index_and_shares_of_the_budget(tmp_path, sets, demand, lookahead):
     weights = (0.4, 1.6, 1.0)
     folder = random_checkpoint.write(tmp_path, LAYERS, HQ, HKV, DIM, CHUNK, scorers=(0, 2), weights=weights)
-    settings = config(indexer=str(folder), demand=demand, sets=sets, budget=0.3)
+    settings = config(indexer=str(folder), demand=demand, lookahead=lookahead, sets=sets, budget=0.3)
     simulation = Simulation(settings, slots=LAYERS * 45 * settings.layer_lanes(HKV), seed=5)
+    assert simulation.engine._policy.name == ("trained" if lookahead == "indexer" else lookahead)
     run(simulation, 100)
     assert simulation.sparse_decodes > 100
     assert (simulation.engine.attention.chunks_demanded > 0) == (demand != "off")

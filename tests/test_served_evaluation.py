@@ -59,8 +59,8 @@ def test_settings_say_what_the_rules_say(tmp_path: Path) -> None:
     lsa = LsaConfig.parse({"lsa": served_settings("lsa", rules["lsa"], folder)})
     assert (lsa.indexer, lsa.demand, lsa.chunk_tokens) == (str(folder), "product", 8)
     assert LsaConfig.parse({"lsa": served_settings("lookahead", rules["lookahead"], folder)}).demand == "off"
-    with pytest.raises(LsaError, match="--methods demand cannot be served with --indexer"):
-        served_settings("demand", rules["demand"], folder)
+    demand = LsaConfig.parse({"lsa": served_settings("demand", rules["demand"], folder)})
+    assert (demand.indexer, demand.policy, demand.demand) == (str(folder), "recency", "product")
     with pytest.raises(LsaError, match="--indexer .*lsa.pt cannot be served: give a checkpoint folder"):
         served_settings("lsa", rules["lsa"], tmp_path / "lsa.pt")
 

@@ -55,6 +55,11 @@ class LsaConfig(BaseModel):
         "trained checkpoint, by its folder or the name of a shipped one, which also changes the defaults of "
         "chunk_tokens, recency_tokens and demand to those that it was trained for.",
     )
+    lookahead: Literal["indexer", "usage", "recency"] = Field(
+        "indexer",
+        description="What a cycle's set begins with: what indexer says; or, with a checkpoint as indexer, what was "
+        "used lately or the newest chunks, with the checkpoint's demand index and its layers' shares.",
+    )
     demand: Literal["off", "mean_key", "four_bit", "product"] = Field(
         "mean_key",
         description="Index by which each step's own query asks for chunks that are not resident; product comes with a "
@@ -114,6 +119,11 @@ class LsaConfig(BaseModel):
         return self.model_copy(update=unset)
 
     def _check(self) -> None:
+        if self.lookahead != "indexer" and find(self.indexer) is None:
+            raise LsaError(
+                f"lsa.lookahead={self.lookahead!r} needs a checkpoint as lsa.indexer, which is {self.indexer!r}: "
+                f"set lsa.indexer to {self.lookahead!r} instead"
+            )
         if self.lead >= self.period:
             raise LsaError(f"lsa.lead={self.lead} is not below lsa.period={self.period}: lower lead or raise period")
         if self.device_pool_gib is not None and self.device_pool_fraction is not None:
@@ -127,6 +137,11 @@ class LsaConfig(BaseModel):
                 raise LsaError(
                     f"lsa.{key}={value} is not a multiple of lsa.chunk_tokens={self.chunk_tokens}: round it up"
                 )
+
+    @property
+    def policy(self) -> str:
+        """Name of what chooses the sets: a policy or a checkpoint."""
+        return self.indexer if self.lookahead == "indexer" else self.lookahead
 
     @property
     def sink_chunks(self) -> int:

@@ -41,7 +41,7 @@ def index_layout(
 ) -> IndexLayout:
     """The index cell that the configured policy and demand need, shared where they use the same index."""
     trained = load_trained(config, device)
-    policy = make_policy(config.indexer, chunk_tokens, head_dim, dtype, trained)
+    policy = make_policy(config.policy, chunk_tokens, head_dim, dtype, trained)
     demand = make_demand(config.demand, chunk_tokens, head_dim, dtype, trained)
     return IndexLayout([index for index in (policy.index, demand.index) if index is not None])
 
@@ -74,7 +74,7 @@ class LsaEngine:
         self._poison = config.check == "poison"
         kind = (geometry.chunk_tokens, geometry.head_dim, geometry.dtype)
         trained = load_trained(config, device)
-        self._policy = make_policy(config.indexer, *kind, trained)
+        self._policy = make_policy(config.policy, *kind, trained)
         self._demand = make_demand(config.demand, *kind, trained)
         self._layer_weights = None if trained is None else trained.config.layer_weights
         self.layout = index_layout(config, *kind, device)

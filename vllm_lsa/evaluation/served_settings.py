@@ -26,13 +26,14 @@ def served_settings(method: str, rule: SelectionRule, checkpoint: Path | None) -
     if trained and find(name) is None:
         raise LsaError(f"--indexer {name} cannot be served: give a checkpoint folder, as 'vllm-lsa train' writes it")
     demand = "off" if rule.demand is None else rule.demand.name
+    lookahead = "indexer"
     if demand == "product" and not trained:
-        raise LsaError(
-            f"--methods {method} cannot be served with --indexer: the demand index of a checkpoint comes with its "
-            "lookahead; leave one of them out"
-        )
+        if name not in ("usage", "recency"):
+            raise LsaError(f"--methods {method} cannot be served with --indexer: leave one of them out")
+        name, lookahead = str(checkpoint), name
     return {
         "indexer": name,
+        "lookahead": lookahead,
         "demand": demand,
         "budget": rule.budget,
         **{key: getattr(rule, key) for key in ("chunk_tokens", "period", "sets", "sink_tokens", "recency_tokens")},

@@ -93,13 +93,15 @@ class Runtime:
             MetricsWriter(plugin_metrics.directory(), name),
         )
         logger.info(
-            "LSA: host store %d blocks (%.2f GiB), device pool %d slots (%.2f GiB), budget %g, indexer %s, demand %s",
+            "LSA: host store %d blocks (%.2f GiB), device pool %d slots (%.2f GiB), budget %g, indexer %s, "
+            "lookahead %s, demand %s",
             self.host_blocks,
             self.host_blocks * geometry.block_bytes / GIB,
             slots,
             slots * geometry.page_bytes / GIB,
             self.config.budget,
             self.config.indexer,
+            self.config.lookahead,
             self.config.demand,
         )
 

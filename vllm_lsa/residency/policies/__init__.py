@@ -22,11 +22,11 @@ _POLICIES: dict[str, type[LookaheadPolicy]] = {
 def make_policy(
     name: str, chunk_tokens: int, head_dim: int, dtype: torch.dtype, trained: Trained | None = None
 ) -> LookaheadPolicy:
-    """The policy called `name`, or that of the checkpoint `trained`. Raises LsaError if there is none."""
-    if trained is not None:
-        return TrainedPolicy(chunk_tokens, head_dim, dtype, trained)
+    """The policy called `name`, else that of the checkpoint `trained`. Raises LsaError if there is none."""
     if name in _POLICIES:
         return _POLICIES[name](chunk_tokens, head_dim, dtype)
+    if trained is not None:
+        return TrainedPolicy(chunk_tokens, head_dim, dtype, trained)
     raise LsaError(
         f"lsa.indexer={name!r} is no policy, checkpoint folder or shipped checkpoint: use one of "
         f"{', '.join([*_POLICIES, *shipped()])}, or the folder that 'vllm-lsa train' wrote"
