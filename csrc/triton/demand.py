@@ -1,0 +1,212 @@
+"""The demand of a step: what each lane's attention asks for, what comes in and what leaves. See `residency.replacement`.
+
+A lane is decided by one program, which is alone in writing the lane's list, so its scalar steps need barriers only.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def advance_kernel(
+    length, state, set_pages, counts, entry_chunk, held, usage, pages_stride, lanes,
+    CHUNK: tl.constexpr, PAGE: tl.constexpr, LANES_PAD: tl.constexpr,
+):  # fmt: skip
+    """Where a row's token begins a chunk, the chunk becomes the tail of all lanes, in their first spare entry."""
+    row = tl.program_id(0)
+    tokens = tl.load(length + row)
+    mine = tl.load(state + row)
+    if tokens == 0 or mine < 0:
+        return
+    if (tokens - 1) % CHUNK != 0:
+        return
+    chunk = (tokens - 1) // CHUNK
+    lane = tl.arange(0, LANES_PAD)
+    inside = lane < lanes
+    entry = tl.load(counts + mine * lanes + lane, mask=inside, other=0)
+    page = tl.load(set_pages + mine * pages_stride + entry // PAGE, mask=inside, other=0).to(tl.int64)
+    tl.store(entry_chunk + (page * lanes + lane) * PAGE + entry % PAGE, chunk, mask=inside)
+    tl.store(counts + mine * lanes + lane, entry + 1, mask=inside)
+    of_chunk = tl.load(set_pages + mine * pages_stride + chunk // PAGE).to(tl.int64)
+    at = (of_chunk * lanes + lane) * PAGE + chunk % PAGE
+    tl.store(held + at, tl.full([LANES_PAD], 1, tl.uint8), mask=inside)
+    tl.store(usage + at, tl.zeros([LANES_PAD], tl.float32), mask=inside)
+
+
+@triton.jit
+def _entry(set_pages, entry, lane, lanes, PAGE: tl.constexpr):
+    """Offset of a lane's entry in the paged buffers."""
+    return (tl.load(set_pages + entry // PAGE).to(tl.int64) * lanes + lane) * PAGE + entry % PAGE
+
+
+@triton.jit
+def pick_kernel(
+    length, state, block_table, all_pages, counts, caps, entry_chunk, entry_slot, held, usage, logits,
+    victims, fetch_page, fetch_slot, demanded,
+    table_stride, pages_stride, lanes, lane_first, sink, recency, threshold, decay,
+    MOST: tl.constexpr, CHUNK: tl.constexpr, PER_BLOCK: tl.constexpr, PAGE: tl.constexpr,
+    Q_HEADS: tl.constexpr, LANE_Q: tl.constexpr, LANE_Q_PAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program for each row and lane of a layer.
+
+    logits: fp32 [state pages, Q_HEADS, PAGE], estimated log mass of each full chunk; overwritten. victims: int32 [rows,
+    lanes of the layer, MOST + 1], scratch. fetch_page, fetch_slot: [rows, lanes of the layer, MOST], what to copy, -1
+    for nothing. demanded: int64 [1], counted up.
+    """
+    row = tl.program_id(0)
+    local = tl.program_id(1)
+    place = row * tl.num_programs(1) + local
+    slots = tl.arange(0, MOST)
+    tl.store(fetch_slot + place * MOST + slots, tl.full([MOST], -1, tl.int32))
+    tokens = tl.load(length + row)
+    mine = tl.load(state + row)
+    if tokens == 0 or mine < 0:
+        return
+    full = (tokens - 1) // CHUNK  # chunks that were full before this step, and the number of the tail's
+    lane = lane_first + local
+    set_pages = all_pages + mine * pages_stride
+    victims += place * (MOST + 1)
+    heads = tl.arange(0, LANE_Q_PAD)[:, None]
+    real = heads < LANE_Q
+    first_head = local * LANE_Q
+
+    # Softmax of each head over all chunks: its maximum and sum.
+    top = tl.full([LANE_Q_PAD, BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([LANE_Q_PAD, BLOCK], tl.float32)
+    for begin in range(0, full, BLOCK):
+        chunk = begin + tl.arange(0, BLOCK)
+        valid = chunk < full
+        page = tl.load(set_pages + chunk // PAGE, mask=valid, other=0).to(tl.int64)
+        at = (page * Q_HEADS + first_head)[None, :] * PAGE + heads * PAGE + (chunk % PAGE)[None, :]
+        x = tl.load(logits + at, mask=real & valid[None, :], other=-float("inf"))
+        higher = tl.maximum(top, x)
+        # Columns that saw nothing yet stay at -inf; their exponent would be NaN.
+        safe = tl.where(higher == -float("inf"), 0.0, higher)
+        total = total * tl.exp(top - safe) + tl.exp(x - safe)
+        top = higher
+    peak = tl.max(top, 1)
+    peak = tl.where(peak == -float("inf"), 0.0, peak)
+    norm = tl.sum(total * tl.exp(top - peak[:, None]), 1)
+    weight = tl.where(norm > 0, 1.0 / (tl.where(norm > 0, norm, 1.0) * LANE_Q), 0.0)
+
+    # Mass and usage. The mass of what may come in replaces the first head's logits; the rest there becomes -1.
+    tl.debug_barrier()
+    wanted = 0
+    for begin in range(0, full, BLOCK):
+        chunk = begin + tl.arange(0, BLOCK)
+        valid = chunk < full
+        page = tl.load(set_pages + chunk // PAGE, mask=valid, other=0).to(tl.int64)
+        at = (page * Q_HEADS + first_head)[None, :] * PAGE + heads * PAGE + (chunk % PAGE)[None, :]
+        x = tl.load(logits + at, mask=real & valid[None, :], other=-float("inf"))
+        mass = tl.sum(tl.exp(x - peak[:, None]) * weight[:, None], 0)
+        of_lane = (page * lanes + lane) * PAGE + chunk % PAGE
+        before = tl.load(usage + of_lane, mask=valid, other=0.0)
+        tl.store(usage + of_lane, tl.maximum(before * decay, mass), mask=valid)
+        absent = tl.load(held + of_lane, mask=valid, other=1) == 0
+        comes = absent & valid & (mass > threshold)
+        wanted += tl.sum(comes.to(tl.int32), 0)
+        tl.debug_barrier()
+        tl.store(logits + (page * Q_HEADS + first_head) * PAGE + chunk % PAGE, tl.where(comes, mass, -1.0), mask=valid)
+    tl.debug_barrier()
+
+    count = tl.load(counts + mine * lanes + lane)
+    cap = tl.load(caps + mine * lanes + lane)
+    picks = tl.minimum(wanted, MOST)
+    over = count + picks - cap
+    leaving = 0
+    if over > 0:
+        # Least used first. A victim is struck off `held`, so the next search passes it by.
+        searching = 1
+        while searching == 1:
+            best = tl.full([BLOCK], float("inf"), tl.float32)
+            where = tl.full([BLOCK], 2147483647, tl.int32)
+            for begin in range(0, count - 1, BLOCK):
+                entry = begin + tl.arange(0, BLOCK)
+                valid = entry < count - 1
+                page = tl.load(set_pages + entry // PAGE, mask=valid, other=0).to(tl.int64)
+                chunk = tl.load(entry_chunk + (page * lanes + lane) * PAGE + entry % PAGE, mask=valid, other=0)
+                may = valid & (chunk >= sink) & (chunk < full - recency)
+                page = tl.load(set_pages + chunk // PAGE, mask=may, other=0).to(tl.int64)
+                of_lane = (page * lanes + lane) * PAGE + chunk % PAGE
+                may = may & (tl.load(held + of_lane, mask=may, other=0) == 1)
+                used = tl.load(usage + of_lane, mask=may, other=float("inf"))
+                less = may & (used < best)
+                best = tl.where(less, used, best)
+                where = tl.where(less, entry, where)
+            least = tl.min(best, 0)
+            entry = tl.min(tl.where(best == least, where, 2147483647), 0)
+            if entry == 2147483647:
+                searching = 0
+            else:
+                chunk = tl.load(entry_chunk + _entry(set_pages, entry, lane, lanes, PAGE))
+                tl.store(held + _entry(set_pages, chunk, lane, lanes, PAGE), 0)
+                tl.store(victims + leaving, entry)
+                leaving += 1
+                if leaving == tl.minimum(over, MOST + 1):
+                    searching = 0
+                tl.debug_barrier()
+        picks = tl.maximum(picks - tl.maximum(over - leaving, 0), 0)
+
+    tl.atomic_add(demanded, picks.to(tl.int64))
+    step = 0
+    while step < tl.maximum(picks, leaving):
+        if step < picks:
+            best = tl.full([BLOCK], 0.0, tl.float32)
+            where = tl.full([BLOCK], 2147483647, tl.int32)
+            for begin in range(0, full, BLOCK):
+                chunk = begin + tl.arange(0, BLOCK)
+                valid = chunk < full
+                page = tl.load(set_pages + chunk // PAGE, mask=valid, other=0).to(tl.int64)
+                mass = tl.load(logits + (page * Q_HEADS + first_head) * PAGE + chunk % PAGE, mask=valid, other=-1.0)
+                more = mass > best
+                best = tl.where(more, mass, best)
+                where = tl.where(more, chunk, where)
+            most = tl.max(best, 0)
+            pick = tl.min(tl.where(best == most, where, 2147483647), 0)
+            page = tl.load(set_pages + pick // PAGE).to(tl.int64)
+            tl.store(logits + (page * Q_HEADS + first_head) * PAGE + pick % PAGE, -1.0)
+            tl.store(held + (page * lanes + lane) * PAGE + pick % PAGE, 1)
+            if step < leaving:
+                to = _entry(set_pages, tl.load(victims + step), lane, lanes, PAGE)
+            else:
+                # One more than before: the tail moves up, into the first spare entry, and keeps its slot.
+                to = _entry(set_pages, count - 1, lane, lanes, PAGE)
+                last = _entry(set_pages, count, lane, lanes, PAGE)
+                tail_slot = tl.load(entry_slot + to)
+                spare = tl.load(entry_slot + last)
+                tl.debug_barrier()
+                tl.store(entry_slot + last, tail_slot)
+                tl.store(entry_chunk + last, full)
+                tl.store(entry_slot + to, spare)
+                count += 1
+                tl.debug_barrier()
+            tl.store(entry_chunk + to, pick)
+            block = tl.load(block_table + row.to(tl.int64) * table_stride + pick // PER_BLOCK).to(tl.int64)
+            tl.store(fetch_page + place * MOST + step, (block * lanes + lane) * PER_BLOCK + pick % PER_BLOCK)
+            tl.store(fetch_slot + place * MOST + step, tl.load(entry_slot + to))
+        else:
+            # One less: the entry before the tail fills the gap, the tail moves down, the slot becomes spare.
+            gap = tl.load(victims + step)
+            at = _entry(set_pages, gap, lane, lanes, PAGE)
+            before = _entry(set_pages, count - 2, lane, lanes, PAGE)
+            tail = _entry(set_pages, count - 1, lane, lanes, PAGE)
+            freed = tl.load(entry_slot + at)
+            moved_slot = tl.load(entry_slot + before)
+            moved_chunk = tl.load(entry_chunk + before)
+            tail_slot = tl.load(entry_slot + tail)
+            # A later victim that has just moved is found under its new number.
+            for other in range(step + 1, leaving):
+                renamed = tl.load(victims + other)
+                tl.debug_barrier()
+                tl.store(victims + other, tl.where(renamed == count - 2, gap, renamed))
+            tl.debug_barrier()
+            if gap != count - 2:
+                tl.store(entry_slot + at, moved_slot)
+                tl.store(entry_chunk + at, moved_chunk)
+            tl.store(entry_slot + before, tail_slot)
+            tl.store(entry_chunk + before, full)
+            tl.store(entry_slot + tail, freed)
+            count -= 1
+        tl.debug_barrier()
+        step += 1
+    tl.store(counts + mine * lanes + lane, count)

@@ -1,0 +1,42 @@
+"""Pages from the host store: into slots, and as contiguous history for attention over a whole prefix."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def fetch_kernel(pool, page, slot, count, host_delta, ELEMENTS: tl.constexpr, TILE: tl.constexpr):
+    """Copies host pages into slots, -1 to leave one out. A few programs share the list: the rest of the GPU goes on."""
+    for i in range(tl.program_id(0), count, tl.num_programs(0)):
+        to = tl.load(slot + i).to(tl.int64)
+        if to >= 0:
+            at = host_delta + tl.load(page + i) * ELEMENTS
+            for begin in range(0, ELEMENTS, TILE):
+                part = begin + tl.arange(0, TILE)
+                inside = part < ELEMENTS
+                tl.store(pool + to * ELEMENTS + part, tl.load(pool + at + part, mask=inside), mask=inside)
+
+
+@triton.jit
+def gather_history_kernel(
+    pool, blocks, slot_of, keys, values, first_chunk, num_chunks, host_delta, lanes, lane_first,
+    HEADS: tl.constexpr, LANE_HEADS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """K and V of a request's chunks as [tokens, HEADS, DIM], from slots where they have one, else from the host."""
+    elements: tl.constexpr = 2 * LANE_HEADS * CHUNK * DIM
+    tokens = tl.arange(0, CHUNK)[:, None]
+    dims = tl.arange(0, DIM_PAD)[None, :]
+    inside = dims < DIM
+    for i in range(tl.program_id(0), num_chunks * HEADS, tl.num_programs(0)):
+        head = i % HEADS
+        local = i // HEADS
+        chunk = first_chunk + local
+        block = tl.load(blocks + chunk // PER_BLOCK).to(tl.int64)
+        page = (block * lanes + lane_first + head // LANE_HEADS) * PER_BLOCK + chunk % PER_BLOCK
+        slot = tl.load(slot_of + page).to(tl.int64)
+        base = tl.where(slot >= 0, slot * elements, host_delta + page * elements)
+        within = (head % LANE_HEADS) * CHUNK * DIM + tokens * DIM + dims
+        to = (local.to(tl.int64) * CHUNK + tokens) * (HEADS * DIM) + head * DIM + dims
+        tl.store(keys + to, tl.load(pool + base + within, mask=inside), mask=inside)
+        tl.store(values + to, tl.load(pool + base + LANE_HEADS * CHUNK * DIM + within, mask=inside), mask=inside)

@@ -1,0 +1,84 @@
+"""Write-through of new tokens: into slots and host pages, from the kernel itself.
+
+The host store is pinned, so its pages are addressed like device memory: their offset from the pool is `host_delta`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def write_rows_kernel(
+    q, k, v, pool, queries,
+    token, length, state, query_row, block_table, slot_of,
+    set_pages, counts, entry_slot,
+    host_delta, q_stride, k_stride, v_stride, query_stride, table_stride, pages_stride,
+    lanes, lane_first, layer,
+    GROUP: tl.constexpr, LANE_HEADS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    PER_BLOCK: tl.constexpr, PAGE: tl.constexpr, KEEP_QUERY: tl.constexpr,
+):  # fmt: skip
+    """One program for each decode row and KV head: its K and V to the tail, its queries to the buffer."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    tokens = tl.load(length + row)
+    if tokens == 0:
+        return
+    lane = lane_first + head // LANE_HEADS
+    position = tokens - 1
+    chunk = position // CHUNK
+    block = tl.load(block_table + row.to(tl.int64) * table_stride + chunk // PER_BLOCK).to(tl.int64)
+    page = (block * lanes + lane) * PER_BLOCK + chunk % PER_BLOCK
+    mine = tl.load(state + row)
+    if mine >= 0:
+        entry = tl.load(counts + mine * lanes + lane) - 1
+        state_page = tl.load(set_pages + mine * pages_stride + entry // PAGE).to(tl.int64)
+        slot = tl.load(entry_slot + (state_page * lanes + lane) * PAGE + entry % PAGE).to(tl.int64)
+    else:
+        slot = tl.load(slot_of + page).to(tl.int64)
+    dims = tl.arange(0, DIM_PAD)
+    inside = dims < DIM
+    source = tl.load(token + row).to(tl.int64)
+    key = tl.load(k + source * k_stride + head * DIM + dims, mask=inside)
+    value = tl.load(v + source * v_stride + head * DIM + dims, mask=inside)
+    within = (head % LANE_HEADS) * CHUNK * DIM + (position % CHUNK) * DIM
+    elements: tl.constexpr = 2 * LANE_HEADS * CHUNK * DIM
+    to_host = host_delta + page * elements + within
+    tl.store(pool + to_host + dims, key, mask=inside)
+    tl.store(pool + to_host + LANE_HEADS * CHUNK * DIM + dims, value, mask=inside)
+    if slot >= 0:
+        to_slot = slot * elements + within
+        tl.store(pool + to_slot + dims, key, mask=inside)
+        tl.store(pool + to_slot + LANE_HEADS * CHUNK * DIM + dims, value, mask=inside)
+    if KEEP_QUERY:
+        to_query = queries + tl.load(query_row + row).to(tl.int64) * query_stride + layer * tl.num_programs(1) * GROUP * DIM
+        for g in range(GROUP):
+            at = (head * GROUP + g) * DIM + dims
+            tl.store(to_query + at, tl.load(q + source * q_stride + at, mask=inside), mask=inside)
+
+
+@triton.jit
+def write_tokens_kernel(
+    k, v, pool, page0, offset, slot_of, host_delta, k_stride, v_stride, lane_first,
+    LANE_HEADS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PER_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program for each token and KV head. page0: the token's page in lane 0, -1 to leave it out."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    first = tl.load(page0 + token)
+    if first < 0:
+        return
+    page = first + (lane_first + head // LANE_HEADS) * PER_BLOCK
+    slot = tl.load(slot_of + page).to(tl.int64)
+    dims = tl.arange(0, DIM_PAD)
+    inside = dims < DIM
+    key = tl.load(k + token * k_stride + head * DIM + dims, mask=inside)
+    value = tl.load(v + token * v_stride + head * DIM + dims, mask=inside)
+    within = (head % LANE_HEADS) * CHUNK * DIM + tl.load(offset + token) * DIM
+    elements: tl.constexpr = 2 * LANE_HEADS * CHUNK * DIM
+    to_host = host_delta + page * elements + within
+    tl.store(pool + to_host + dims, key, mask=inside)
+    tl.store(pool + to_host + LANE_HEADS * CHUNK * DIM + dims, value, mask=inside)
+    if slot >= 0:
+        to_slot = slot * elements + within
+        tl.store(pool + to_slot + dims, key, mask=inside)
+        tl.store(pool + to_slot + LANE_HEADS * CHUNK * DIM + dims, value, mask=inside)

@@ -1,0 +1,161 @@
+"""The device operations of a decode step, against plain NumPy and the rules of `residency`."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.device_state import State
+from tests.kernels import DEVICE, load
+from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.ops import resident_rows as ops
+from vllm_lsa.residency.replacement import Replacement
+
+for _name in ("write", "demand", "pages"):
+    load(_name)
+
+LENGTHS = [0, 9, 700, 16, 137, 0, 641, 1, 88]
+BUDGET = [False, True, True, False, True, True, False, True, True]
+
+
+def geometry(lanes, dtype=torch.float32, block=32, chunk=8, heads=3, dim=16):
+    return KVGeometry(2, 2 * heads, heads, dim, dtype, block, chunk, lanes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("dim", [16, 80])
+def test_write_rows(dtype, lanes, dim):
+    g = geometry(lanes, dtype, dim=dim)
+    s = State(g, LENGTHS, BUDGET, host_read=0.2)
+    n = len(LENGTHS)
+    pool, host = s.pools(dtype)
+    q = torch.randn(n, 2 * g.num_q_heads, dim, device=DEVICE).to(dtype)[:, : g.num_q_heads]
+    k, v = torch.randn(2, n, g.num_kv_heads, dim, device=DEVICE).to(dtype)
+    queries = torch.full((n, 2, g.num_q_heads, dim), float("nan"), dtype=dtype, device=DEVICE)
+    ops.write_rows(q, k, v, pool, host, s.rows, s.slot_of, s.sets, 1, g, queries)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    want_pool, want_host = s.pools(dtype)
+    want_queries = torch.full_like(queries, float("nan"))
+    for i, length in enumerate(LENGTHS):
+        if not length:
+            continue
+        t, chunk, offset = int(s.rows.token[i]), (length - 1) // 8, (length - 1) % 8
+        want_queries[int(s.rows.query_row[i]), 1] = q[t]
+        for head in range(3):
+            lane, local = lanes + head * lanes // 3, head % g.lane_heads
+            page = int(s.page(i, np.array([chunk]), lane)[0])
+            slot = int(s.entries[i][lane][1][-1]) if BUDGET[i] else int(s.slot_of[page])
+            for which, x in enumerate((k, v)):
+                want_host[page, which, local, offset] = x[t, head].cpu()
+                if slot >= 0:
+                    want_pool[slot, which, local, offset] = x[t, head]
+    for got, want in ((pool, want_pool), (host, want_host), (queries, want_queries)):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_write_tokens_and_gather_history(lanes):
+    g = geometry(lanes)
+    s = State(g, [137, 88], [False, False], host_read=0.3)
+    pool, host = s.pools(torch.float32)
+    k, v = torch.randn(2, 137 + 2, 3, 16, device=DEVICE)
+    at = np.arange(137)
+    page0 = np.append(s.page(0, at // 8, 0), [-1, -1])
+    offset = np.append(at % 8, [5, 5]).astype(np.int32)
+    ops.write_tokens(k, v, pool, host, s.put(page0), s.put(offset), s.slot_of, 1, g)
+    blocks = s.rows.block_table[0]
+    for programs in (1, 5, 10000):
+        keys, values = torch.full((2, 160, 3, 16), float("nan"), device=DEVICE)
+        ops.gather_history(pool, host, blocks, s.slot_of, keys, values, 3, 14, 1, g, programs)
+        assert torch.equal(keys[:112], k[24:136]) and torch.equal(values[:112], v[24:136])
+        assert keys[112:].isnan().all() and values[112:].isnan().all()
+
+
+@pytest.mark.parametrize("programs", [None, 1, 3])
+def test_fetch(programs):
+    g = geometry(3)
+    s = State(g, [137], [True])
+    pool, host = s.pools(torch.float32)
+    host.normal_()
+    page = torch.randperm(len(host), device=DEVICE)[:12].view(3, 4)
+    slot = torch.randperm(len(pool), device=DEVICE)[:12].view(3, 4).int()
+    slot[1] = -1
+    page[1] = 2**50
+    ops.fetch(pool, host, page, slot, programs)
+    for i in (0, 2):
+        assert torch.equal(pool[slot[i].long()].cpu(), host[page[i].cpu()])
+    assert pool.isnan().all(-1).sum() == pool[..., 0].numel() - 8 * host[0, ..., 0].numel()
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("most", [1, 2, 4])
+@pytest.mark.parametrize("threshold", [0.0, 0.01])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_pick_follows_the_rule(lanes, most, threshold, seed):
+    g = geometry(lanes)
+    s = State(g, LENGTHS, BUDGET, seed=seed)
+    layer, sink, recency, decay = 1, 1, 2, 0.7
+    scratch = ops.DemandScratch.empty(len(LENGTHS), most, s.sets.chunk.shape[0], g, DEVICE)
+    scratch.logits.copy_(torch.randn(scratch.logits.shape) * 3)
+    scratch.page.fill_(-7)
+    logits = scratch.logits.clone()
+    usage = s.sets.usage.clone()
+    before = [[s.read_lane(i, lane) if BUDGET[i] and LENGTHS[i] else None for lane in range(2 * lanes)] for i in range(9)]
+    ops.pick(
+        s.rows, s.sets, scratch, layer, g, sink=sink, recency=recency, threshold=threshold, decay=decay, block=64
+    )
+    rule, total = Replacement(most, threshold, sink, recency), 0
+    per_lane = g.num_q_heads // lanes
+    for i, length in enumerate(LENGTHS):
+        if not (BUDGET[i] and length):
+            assert (scratch.slot[i] == -1).all()
+            continue
+        full = (length - 1) // 8
+        for local in range(lanes):
+            lane = layer * lanes + local
+            heads = [s.by_chunk(logits, i, h, full) for h in range(local * per_lane, (local + 1) * per_lane)]
+            mass = torch.from_numpy(np.stack(heads)).softmax(-1).mean(0).numpy()
+            used = np.maximum(s.by_chunk(usage, i, lane, full) * decay, mass)
+            np.testing.assert_allclose(s.by_chunk(s.sets.usage, i, lane, full), used, rtol=1e-5)
+            chunks, slots, owned = before[i][lane]
+            cap = int(s.sets.caps[int(s.rows.state[i]), lane])
+            order = np.append(chunks[-1:], chunks[:-1])  # the rule has the tail first
+            leaving, picked = rule.choose(order, mass, used, cap)
+            left = order[leaving]
+            got, got_slots, got_owned = s.read_lane(i, lane)
+            assert got[-1] == full and got_slots[-1] == slots[-1]
+            assert set(got) == set(chunks) - set(left) | set(picked) and len(got) == len(set(got))
+            assert sorted(got_owned) == sorted(owned)
+            slot_of = dict(zip(got, got_slots, strict=True))
+            for chunk, slot in zip(chunks, slots, strict=True):
+                assert chunk in left or slot_of[chunk] == slot
+            copied = scratch.slot[i, local].cpu().numpy()
+            assert (copied[: len(picked)] == [slot_of[c] for c in picked]).all() and (copied[len(picked) :] == -1).all()
+            assert (scratch.page[i, local].cpu().numpy()[: len(picked)] == s.page(i, picked, lane)).all()
+            held = s.by_chunk(s.sets.held, i, lane, full + 1)
+            assert (held == np.isin(np.arange(full + 1), got)).all()
+            total += len(picked)
+        for lane in range(lanes):  # the other layer is as it was
+            assert all((a == b).all() for a, b in zip(s.read_lane(i, lane), before[i][lane], strict=True))
+    assert int(scratch.demanded) == total
+
+
+def test_advance_gives_a_new_chunk_to_every_lane():
+    g = geometry(3)
+    lengths = [17, 24, 513, 1, 0]
+    s = State(g, lengths, [True, True, True, False, True])
+    # State is as after the step: take the tail away where the step's token begins it.
+    for i in (0, 2):
+        s.sets.counts[int(s.rows.state[i])] -= 1
+    before = s.sets.counts.clone()
+    ops.advance(s.rows, s.sets, g)
+    for i, length in enumerate(lengths):
+        if s.rows.state[i] < 0 or not length:
+            continue
+        new = i in (0, 2)
+        assert (s.sets.counts[int(s.rows.state[i])] == before[int(s.rows.state[i])] + new).all()
+        for lane in range(6):
+            assert s.read_lane(i, lane)[0][-1] == (length - 1) // 8
+            assert s.by_chunk(s.sets.held, i, lane, g.chunks(length))[-1] == 1
+            assert not new or s.by_chunk(s.sets.usage, i, lane, g.chunks(length))[-1] == 0

@@ -1,0 +1,217 @@
+"""The operations of a decode step on the device, besides attention and scores. Capturable in a CUDA graph.
+
+All take the pool ``[S, 2, lane_heads, C, D]`` and the host pages ``[M, 2, lane_heads, C, D]`` of one dtype. Kernels reach
+the host pages from the pool's address: both are in one address space once the host memory is pinned.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_lsa.device.state import PAGE, DeviceRows, DeviceSets
+from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.ops.native import require
+
+COPY_TILE = 4096
+"""Elements that a program of a copy has under way at a time."""
+
+
+def host_delta(pool: torch.Tensor, host_pages: torch.Tensor) -> int:
+    """Elements from the pool's first to the host store's. Raises ValueError if kernels could not use 16-byte accesses."""
+    require(pool.dtype == host_pages.dtype, f"pool and host pages differ in dtype: {pool.dtype}, {host_pages.dtype}")
+    require(
+        pool.is_contiguous() and host_pages.is_contiguous() and pool.shape[1:] == host_pages.shape[1:],
+        f"pool and host pages must be contiguous pages of one shape: {list(pool.shape)}, {list(host_pages.shape)}",
+    )
+    require(
+        host_pages.data_ptr() % 16 == 0 and pool.data_ptr() % 16 == 0, "pool and host pages must begin at 16 bytes"
+    )
+    return (host_pages.data_ptr() - pool.data_ptr()) // pool.element_size()
+
+
+def _power_of_two(x: int) -> int:
+    return 1 << max(0, x - 1).bit_length()
+
+
+def write_rows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pool: torch.Tensor,
+    host_pages: torch.Tensor,
+    rows: DeviceRows,
+    slot_of: torch.Tensor,
+    sets: DeviceSets,
+    layer: int,
+    geometry: KVGeometry,
+    queries: torch.Tensor,
+) -> None:
+    """Write-through of each decode row's K and V, and its queries to the buffer of last ones.
+
+    q: [T, Hq, D], k, v: [T, Hkv, D], rows may be strided. slot_of: int32 [M]. queries: [R, layers, Hq, D].
+    """
+    from vllm_lsa.kernels.write import write_rows_kernel
+
+    g = geometry
+    if not len(rows.length):
+        return
+    write_rows_kernel[(len(rows.length), g.num_kv_heads)](
+        q, k, v, pool, queries,
+        rows.token, rows.length, rows.state, rows.query_row, rows.block_table, slot_of,
+        sets.pages, sets.counts, sets.slot,
+        host_delta(pool, host_pages), q.stride(0), k.stride(0), v.stride(0), queries.stride(0),
+        rows.block_table.stride(0), sets.pages.stride(0), g.num_lanes, layer * g.layer_lanes, layer,
+        GROUP=g.num_q_heads // g.num_kv_heads, LANE_HEADS=g.lane_heads, CHUNK=g.chunk_tokens, DIM=g.head_dim,
+        DIM_PAD=_power_of_two(g.head_dim), PER_BLOCK=g.chunks_per_block, PAGE=PAGE, KEEP_QUERY=True, num_warps=1,
+    )  # fmt: skip
+
+
+def write_tokens(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pool: torch.Tensor,
+    host_pages: torch.Tensor,
+    page0: torch.Tensor,
+    offset: torch.Tensor,
+    slot_of: torch.Tensor,
+    layer: int,
+    geometry: KVGeometry,
+) -> None:
+    """Write-through of tokens of prompts: into their host pages, and into the slots of those that have one.
+
+    k, v: [T, Hkv, D]. page0: int64 [T], the token's page in lane 0, -1 to leave it out. offset: int32 [T], in the chunk.
+    """
+    from vllm_lsa.kernels.write import write_tokens_kernel
+
+    g = geometry
+    if not len(page0):
+        return
+    write_tokens_kernel[(len(page0), g.num_kv_heads)](
+        k, v, pool, page0, offset, slot_of, host_delta(pool, host_pages), k.stride(0), v.stride(0),
+        layer * g.layer_lanes,
+        LANE_HEADS=g.lane_heads, CHUNK=g.chunk_tokens, DIM=g.head_dim, DIM_PAD=_power_of_two(g.head_dim),
+        PER_BLOCK=g.chunks_per_block, num_warps=1,
+    )  # fmt: skip
+
+
+def advance(rows: DeviceRows, sets: DeviceSets, geometry: KVGeometry) -> None:
+    """Once a step, before its first layer: a row on a budget whose token begins a chunk gets it as its tail."""
+    from vllm_lsa.kernels.demand import advance_kernel
+
+    if not len(rows.length):
+        return
+    lanes = geometry.num_lanes
+    advance_kernel[(len(rows.length),)](
+        rows.length, rows.state, sets.pages, sets.counts, sets.chunk, sets.held, sets.usage, sets.pages.stride(0), lanes,
+        CHUNK=geometry.chunk_tokens, PAGE=PAGE, LANES_PAD=_power_of_two(lanes), num_warps=4,
+    )  # fmt: skip
+
+
+@dataclass
+class DemandScratch:
+    """What demand needs beside the sets, for up to n rows: what to copy, and room for the search.
+
+    victims: int32 [n, G, most + 1]. page: int64 [n, G, most], slot: int32 [n, G, most], -1 where nothing is to be copied.
+    demanded: int64 [1], chunks since the start. logits: fp32 [state pages, Hq, PAGE].
+    """
+
+    victims: torch.Tensor
+    page: torch.Tensor
+    slot: torch.Tensor
+    demanded: torch.Tensor
+    logits: torch.Tensor
+
+    @classmethod
+    def empty(
+        cls, rows: int, most: int, num_pages: int, geometry: KVGeometry, device: torch.device
+    ) -> "DemandScratch":
+        lanes = geometry.layer_lanes
+        return cls(
+            victims=torch.zeros(rows, lanes, most + 1, dtype=torch.int32, device=device),
+            page=torch.zeros(rows, lanes, most, dtype=torch.int64, device=device),
+            slot=torch.full((rows, lanes, most), -1, dtype=torch.int32, device=device),
+            demanded=torch.zeros(1, dtype=torch.int64, device=device),
+            logits=torch.zeros(num_pages, geometry.num_q_heads, PAGE, dtype=torch.float32, device=device),
+        )
+
+
+def pick(
+    rows: DeviceRows,
+    sets: DeviceSets,
+    scratch: DemandScratch,
+    layer: int,
+    geometry: KVGeometry,
+    *,
+    sink: int,
+    recency: int,
+    threshold: float,
+    decay: float,
+    block: int = 1024,
+) -> None:
+    """For each lane of a layer: note usage, take in the chunks with most mass, let the least used leave.
+
+    scratch.logits holds the scores of the rows' full chunks and is overwritten; scratch.page and scratch.slot say what
+    is then to be copied. sink, recency: chunks that never leave. block: chunks that a program looks at at a time. The
+    rule is `Replacement.choose`; of equals the lowest entry leaves and the oldest chunk comes.
+    """
+    from vllm_lsa.kernels.demand import pick_kernel
+
+    g = geometry
+    if not len(rows.length):
+        return
+    per_lane = g.num_q_heads // g.layer_lanes
+    pick_kernel[(len(rows.length), g.layer_lanes)](
+        rows.length, rows.state, rows.block_table, sets.pages, sets.counts, sets.caps, sets.chunk, sets.slot, sets.held,
+        sets.usage, scratch.logits, scratch.victims, scratch.page, scratch.slot, scratch.demanded,
+        rows.block_table.stride(0), sets.pages.stride(0), g.num_lanes, layer * g.layer_lanes, sink, recency, threshold,
+        decay,
+        MOST=scratch.slot.shape[2], CHUNK=g.chunk_tokens, PER_BLOCK=g.chunks_per_block, PAGE=PAGE,
+        Q_HEADS=g.num_q_heads, LANE_Q=per_lane, LANE_Q_PAD=_power_of_two(per_lane), BLOCK=block, num_warps=8,
+    )  # fmt: skip
+
+
+def fetch(
+    pool: torch.Tensor, host_pages: torch.Tensor, page: torch.Tensor, slot: torch.Tensor, programs: int | None = None
+) -> None:
+    """Copy host pages into slots: page int64 [...], slot int32 [...], contiguous; a slot of -1 leaves the entry out.
+
+    programs: how many share the list; None for one each. Few leave the rest of the GPU to what runs beside it.
+    """
+    from vllm_lsa.kernels.pages import fetch_kernel
+
+    count = slot.numel()
+    if not count:
+        return
+    elements = pool[0].numel()
+    fetch_kernel[(min(count, programs or count),)](
+        pool, page, slot, count, host_delta(pool, host_pages), ELEMENTS=elements,
+        TILE=min(COPY_TILE, _power_of_two(elements)), num_warps=4,
+    )  # fmt: skip
+
+
+def gather_history(
+    pool: torch.Tensor,
+    host_pages: torch.Tensor,
+    blocks: torch.Tensor,
+    slot_of: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    first_chunk: int,
+    num_chunks: int,
+    layer: int,
+    geometry: KVGeometry,
+    programs: int,
+) -> None:
+    """K and V of a request's chunks [first_chunk, first_chunk + num_chunks) into keys and values [>= tokens, Hkv, D].
+
+    blocks: int32 or int64, the request's block ids. From slots where there are some, else from the host store.
+    """
+    from vllm_lsa.kernels.pages import gather_history_kernel
+
+    g = geometry
+    gather_history_kernel[(max(1, min(programs, num_chunks * g.num_kv_heads)),)](
+        pool, blocks, slot_of, keys, values, first_chunk, num_chunks, host_delta(pool, host_pages), g.num_lanes,
+        layer * g.layer_lanes,
+        HEADS=g.num_kv_heads, LANE_HEADS=g.lane_heads, CHUNK=g.chunk_tokens, DIM=g.head_dim,
+        DIM_PAD=_power_of_two(g.head_dim), PER_BLOCK=g.chunks_per_block, num_warps=4,
+    )  # fmt: skip
