@@ -1,0 +1,237 @@
+"""Decode attention over resident sets: split-KV with all query heads of a KV head in one program, then a merge.
+
+Launched by `vllm_lsa.ops.resident_decode`, which explains the operands. Everything about a row (length, set, count) is
+read on the device and the grids follow from shapes alone, so both kernels can be captured in a CUDA graph.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def locate(
+    t,
+    listed_end,
+    whole_end,
+    pages,
+    table,
+    slot_of,
+    set_slot,
+    set_chunk,
+    lane,
+    host_delta,
+    LANES: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SET_PAGE: tl.constexpr,
+    PAGE_UNITS: tl.constexpr,
+):
+    """Where the pages of tokens t begin, int64, in units of 16 bytes from the pool. Tokens past the end read nothing.
+
+    listed_end, whole_end: the end of a row on a budget and of a whole row; 0 for a row of the other kind. The former
+    goes pages → slot (→ block where the slot is -1), the latter block → slot_of, by masked loads: a branch would keep
+    the loop around it from being pipelined.
+    """
+    entry = t // CHUNK
+    listed = t < listed_end
+    whole = t < whole_end
+    state_page = tl.load(pages + entry // SET_PAGE, mask=listed, other=0)
+    at = (state_page.to(tl.int64) * LANES + lane) * SET_PAGE + entry % SET_PAGE
+    listed_slot = tl.load(set_slot + at, mask=listed, other=-1)
+    # Not only where the slot is -1: 4 bytes a chunk are cheaper than waiting for the slot first.
+    listed_chunk = tl.load(set_chunk + at, mask=listed, other=0)
+    chunk = tl.where(listed, listed_chunk, entry)
+    block = tl.load(table + chunk // BLOCK_CHUNKS, mask=whole | (listed & (listed_slot < 0)), other=0)
+    page = (block.to(tl.int64) * LANES + lane) * BLOCK_CHUNKS + chunk % BLOCK_CHUNKS
+    whole_slot = tl.load(slot_of + page, mask=whole, other=-1)
+    slot = tl.where(listed, listed_slot, whole_slot).to(tl.int64)
+    return tl.where(slot >= 0, slot * PAGE_UNITS, host_delta + page * PAGE_UNITS)
+
+
+# Not specialised by what differs between layers: one compilation serves all of them, also during capture.
+@triton.jit(do_not_specialize=["layer", "host_delta", "splits"])
+def attend(
+    q,
+    pool,
+    token,
+    length,
+    state,
+    table,
+    slot_of,
+    pages,
+    counts,
+    set_chunk,
+    set_slot,
+    out,
+    partial,
+    lse,
+    q_row,
+    q_head,
+    out_row,
+    out_head,
+    table_row,
+    pages_row,
+    layer,
+    host_delta,
+    splits,
+    scale_log2,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
+    LANES: tl.constexpr,
+    LANE_HEADS: tl.constexpr,
+    SET_PAGE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    TILE: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    DIRECT: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Program (row and KV head, split): attention of the head's group over the split's share of the row's tokens.
+
+    host_delta: from pool to the host pages in units of VECTOR elements, which are 16 bytes: so the compiler sees that
+    every row of K and V is aligned. scale_log2: scale · log2(e). TILE: tokens of an iteration. MIN_TILES: least tiles
+    of a split. DIRECT: there is one split, which writes `out`; else `partial` and `lse` (base 2) are for `merge`.
+    WIDEN: products of fp32 numbers, for Triton's interpreter, whose `dot` takes bf16 for integers.
+    """
+    row = tl.program_id(0) // KV_HEADS
+    head = tl.program_id(0) % KV_HEADS
+    split = tl.program_id(1)
+    tokens = tl.load(length + row)
+    if tokens <= 0:
+        return
+
+    set_row = tl.load(state + row)
+    budget = set_row >= 0
+    lane = layer * (KV_HEADS // LANE_HEADS) + head // LANE_HEADS
+    full = (tokens - 1) // CHUNK  # chunks before the tail
+    full = tl.where(budget, tl.load(counts + set_row.to(tl.int64) * LANES + lane, mask=budget, other=0) - 1, full)
+    total = full * CHUNK + (tokens - 1) % CHUNK + 1
+    tiles = (total + TILE - 1) // TILE
+    share = tl.maximum((tiles + splits - 1) // splits, MIN_TILES) * TILE
+    begin = split * share
+    end = tl.minimum(begin + share, total)
+
+    g = tl.arange(0, GROUP_PAD)
+    d = tl.arange(0, D_PAD)
+    in_group = g < GROUP
+    in_dim = d < D
+    heads = head * GROUP + g
+    state_index = (row * (KV_HEADS * GROUP) + heads) * splits + split
+    if DIRECT == 0:
+        if begin >= end:
+            tl.store(lse + state_index, tl.full([GROUP_PAD], float("-inf"), tl.float32), mask=in_group)
+            return
+
+    at = tl.load(token + row).to(tl.int64)
+    query = tl.load(
+        q + at * q_row + heads[:, None] * q_head + d[None, :],
+        mask=in_group[:, None] & in_dim[None, :],
+        other=0.0,
+    )
+    if WIDEN:
+        query = query.to(tl.float32)
+    # The values follow all keys of a page.
+    V_OFFSET: tl.constexpr = LANE_HEADS * CHUNK * D
+    PAGE_UNITS: tl.constexpr = 2 * V_OFFSET // VECTOR
+    ROW_UNITS: tl.constexpr = D // VECTOR
+    head_units = (head % LANE_HEADS) * (CHUNK * ROW_UNITS)
+    pages += set_row.to(tl.int64) * pages_row
+    table += row.to(tl.int64) * table_row
+    host_delta = host_delta.to(tl.int64)
+    listed_end = tl.where(budget, end, 0)
+    whole_end = tl.where(budget, 0, end)
+
+    highest = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    sum_p = tl.zeros([GROUP_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, D_PAD], tl.float32)
+    t = begin + tl.arange(0, TILE)
+    unit = locate(
+        t, listed_end, whole_end, pages, table, slot_of, set_slot, set_chunk, lane, host_delta,
+        LANES, BLOCK_CHUNKS, CHUNK, SET_PAGE, PAGE_UNITS,
+    )  # fmt: skip
+    for first in range(begin, end, TILE):
+        t = first + tl.arange(0, TILE)
+        valid = t < end
+        base = (unit + head_units + (t % CHUNK) * ROW_UNITS) * VECTOR
+        if D == D_PAD:
+            read = valid[:, None]
+        else:
+            read = valid[:, None] & in_dim[None, :]
+        at_key = pool + base[:, None] + d[None, :]
+        key = tl.load(at_key, mask=read, other=0.0)
+        value = tl.load(at_key + V_OFFSET, mask=read, other=0.0)
+        # The next tile's addresses, carried by the loop: found in the tile itself, they would be loads that the loads
+        # of K and V depend on, and Triton would want a pipeline stage for each.
+        unit = locate(
+            t + TILE, listed_end, whole_end, pages, table, slot_of, set_slot, set_chunk, lane, host_delta,
+            LANES, BLOCK_CHUNKS, CHUNK, SET_PAGE, PAGE_UNITS,
+        )  # fmt: skip
+        p_type = value.dtype
+        if WIDEN:
+            key = key.to(tl.float32)
+            value = value.to(tl.float32)
+        # "ieee" matters for fp32 only.
+        logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+        logits = tl.where(valid[None, :], logits, float("-inf"))
+        higher = tl.maximum(highest, tl.max(logits, 1))  # finite: the first token of a tile is valid
+        decay = tl.exp2(highest - higher)
+        p = tl.exp2(logits - higher[:, None])
+        sum_p = sum_p * decay + tl.sum(p, 1)
+        p = p.to(p_type).to(value.dtype)
+        acc = tl.dot(p, value, acc * decay[:, None], input_precision="ieee")
+        highest = higher
+
+    acc = acc / tl.where(sum_p == 0.0, 1.0, sum_p)[:, None]
+    mask = in_group[:, None] & in_dim[None, :]
+    if DIRECT:
+        target = out + at * out_row + heads[:, None] * out_head + d[None, :]
+        tl.store(target, acc.to(out.dtype.element_ty), mask=mask)
+    else:
+        tl.store(partial + state_index.to(tl.int64)[:, None] * D + d[None, :], acc, mask=mask)
+        tl.store(lse + state_index, highest + tl.log2(sum_p), mask=in_group)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def merge(
+    partial,
+    lse,
+    token,
+    length,
+    out,
+    out_row,
+    out_head,
+    splits,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+):
+    """Program (row, query head): the splits' results by log-sum-exp. A split with lse -inf was idle: not read."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    if tl.load(length + row) <= 0:
+        return
+
+    d = tl.arange(0, D_PAD)
+    split = tl.arange(0, SPLITS_PAD)
+    index = (row * HEADS + head) * splits + split
+    part = tl.load(lse + index, mask=split < splits, other=float("-inf"))
+    used = part != float("-inf")
+    highest = tl.max(part, 0)
+    weight = tl.where(used, tl.exp2(part - tl.where(highest == float("-inf"), 0.0, highest)), 0.0)
+    value = tl.load(
+        partial + index.to(tl.int64)[:, None] * D + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0
+    )
+    total = tl.sum(weight, 0)
+    result = tl.sum(value * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    at = tl.load(token + row).to(tl.int64)
+    tl.store(out + at * out_row + head * out_head + d, result.to(out.dtype.element_ty), mask=d < D)
+
+
+INTERPRETED = not isinstance(attend, triton.JITFunction)
+"""Whether the kernels run in Triton's interpreter, on CPU tensors."""

@@ -1,0 +1,280 @@
+"""Decode attention over the resident chunks of whole rows and of rows on a budget, from the device's own tables."""
+
+import math
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+
+from vllm_lsa.device.state import PAGE, DeviceRows, DeviceSets
+from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.ops.native import DTYPES, require, require_tensor, unsupported
+
+_KERNELS = "vllm_lsa.kernels.paged_decode"
+_SPLIT_TOKENS = 256
+"""Least tokens of a split: below that, its start and the merge cost more than they save."""
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How the kernel is launched.
+
+    tile: tokens of an iteration, a power of two from 16. warps, stages: of a program. per_sm: programs that fit on a
+    multiprocessor. splits: of each row, None to choose by the number of rows.
+    """
+
+    tile: int
+    warps: int
+    stages: int
+    per_sm: int
+    splits: int | None = None
+
+    @classmethod
+    def default(cls, geometry: KVGeometry) -> "DecodeConfig":
+        """For Hopper, whose 227 KiB of shared memory should hold three programs with 64 KiB of K and V under way each.
+
+        A warp for every 32 tokens: where threads outnumber the tile's tokens, Triton looks a token's page up in every
+        thread that needs it, at twice the instructions. Wide heads and fp32, where it matters less, want the registers.
+        """
+        row = 2 * _power_of_two(geometry.head_dim) * geometry.dtype.itemsize
+        if geometry.dtype.itemsize == 2 and row <= 512:
+            tile = min(128, 2**15 // row)
+            return cls(tile=tile, warps=tile // 32, stages=3, per_sm=3)
+        return cls(tile=max(16, 2**16 // geometry.dtype.itemsize // row), warps=4, stages=3, per_sm=2)
+
+
+@dataclass
+class DecodeScratch:
+    """Where splits leave their results for the merge. One serves all layers, and all steps of up to `rows` rows.
+
+    partial: fp32, [n, Hq, splits, D] flat. lse: fp32, [n, Hq, splits] flat, base 2. slots: programs that run at a time.
+    """
+
+    partial: torch.Tensor
+    lse: torch.Tensor
+    rows: int
+    slots: int
+    config: DecodeConfig
+
+    @classmethod
+    def empty(
+        cls,
+        rows: int,
+        geometry: KVGeometry,
+        max_length: int,
+        device: torch.device,
+        config: DecodeConfig | None = None,
+    ) -> "DecodeScratch":
+        """rows: most decode rows of a step, padding included. max_length: tokens of the longest row."""
+        config = config or DecodeConfig.default(geometry)
+        on_gpu = device.type == "cuda"
+        sms = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
+        slots = sms * config.per_sm
+        parts = max(n * _splits(n, geometry.num_kv_heads, max_length, slots, config) for n in range(1, rows + 1))
+        states = parts * geometry.num_q_heads
+        return cls(
+            partial=torch.empty(states * geometry.head_dim, dtype=torch.float32, device=device),
+            lse=torch.empty(states, dtype=torch.float32, device=device),
+            rows=rows,
+            slots=slots,
+            config=config,
+        )
+
+    def splits(self, n: int, kv_heads: int, max_length: int) -> int:
+        """Splits of each of n rows that have up to `max_length` tokens."""
+        return _splits(n, kv_heads, max_length, self.slots, self.config)
+
+
+def _splits(n: int, kv_heads: int, max_length: int, slots: int, config: DecodeConfig) -> int:
+    """The fewest splits, up to 64, that keep the device about as busy as any number does.
+
+    Programs run in waves of `slots`; what counts is how full the waves are on average. A lower `max_length` never
+    gives more splits, so that scratch for the longest rows is enough for all.
+    """
+    if config.splits is not None:
+        return config.splits
+    most = max(1, min(64, max_length // _SPLIT_TOKENS))
+    waves = [n * kv_heads * splits / slots for splits in range(1, most + 1)]
+    filled = [wave / math.ceil(wave) for wave in waves]
+    return 1 + next(i for i, x in enumerate(filled) if x >= 0.95 * max(filled))
+
+
+def resident_decode(
+    q: torch.Tensor,
+    pool: torch.Tensor,
+    host_pages: torch.Tensor,
+    rows: DeviceRows,
+    slot_of: torch.Tensor,
+    sets: DeviceSets,
+    layer: int,
+    geometry: KVGeometry,
+    scale: float,
+    out: torch.Tensor,
+    scratch: DecodeScratch,
+    max_length: int | None = None,
+) -> None:
+    """Attention of one query token per row over the row's chunks in `layer`, written to `out`.
+
+    q, out: [T, Hq, D], rows may be strided, heads too; fp32, bf16 or fp16. Row i is token ``rows.token[i]``; what no
+    row with a length names is left alone in `out`. pool: [S, 2, lane_heads, C, D] on the device. host_pages:
+    [M, 2, lane_heads, C, D], pinned host memory. slot_of: int32 [M], the slot of each host page, or -1. scale: factor
+    on q·k. max_length: tokens of the longest row that may come, by default what its block table can hold; with it the
+    number of splits is chosen.
+
+    A whole row attends to all of its tokens, a row on a budget to the entries of its lanes' sets, where the last one is
+    the tail. A chunk without a slot is read from its host page. Rows of length 0, entries from counts on and tokens
+    from length on are never read. Sums are fp32. Nothing is allocated or read back: fit for a CUDA graph.
+
+    On CPU tensors this is `resident_decode_naive`, unless the kernels were loaded in Triton's interpreter. Raises
+    ValueError on a bad shape, dtype, stride or address; what only the device knows is not checked.
+    """
+    kernels = sys.modules.get(_KERNELS)
+    if q.device.type == "cpu":
+        if kernels is None or not kernels.INTERPRETED:
+            return resident_decode_naive(q, pool, host_pages, rows, slot_of, sets, layer, geometry, scale, out)
+    elif q.device.type != "cuda":
+        raise unsupported(q.device)
+    kernels = kernels or import_module(_KERNELS)
+
+    n = rows.length.shape[0]
+    if n == 0:
+        return
+    _check(q, pool, host_pages, rows, slot_of, sets, layer, geometry, out)
+    kv_heads, q_heads, dim = geometry.num_kv_heads, geometry.num_q_heads, geometry.head_dim
+    max_length = max_length or rows.block_table.shape[1] * geometry.block_tokens
+    splits, config = scratch.splits(n, kv_heads, max_length), scratch.config
+    require(
+        n * q_heads * splits * dim <= scratch.partial.numel() and n * q_heads * splits <= scratch.lse.numel(),
+        f"the scratch is for {scratch.rows} rows and shorter ones: {n} rows of {max_length} tokens do not fit",
+    )
+    dtype = geometry.dtype
+    dim_pad, group = _power_of_two(dim), q_heads // kv_heads
+    kernels.attend[(n * kv_heads, splits)](
+        q, pool, rows.token, rows.length, rows.state, rows.block_table, slot_of,
+        sets.pages, sets.counts, sets.chunk, sets.slot, out, scratch.partial, scratch.lse,
+        q.stride(0), q.stride(1), out.stride(0), out.stride(1), rows.block_table.stride(0), sets.pages.stride(0),
+        layer, (host_pages.data_ptr() - pool.data_ptr()) // 16, splits, scale * math.log2(math.e),
+        KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, _power_of_two(group)), D=dim, D_PAD=dim_pad,
+        CHUNK=geometry.chunk_tokens, BLOCK_CHUNKS=geometry.chunks_per_block, LANES=geometry.num_lanes,
+        LANE_HEADS=geometry.lane_heads, SET_PAGE=PAGE, VECTOR=16 // dtype.itemsize, TILE=config.tile,
+        MIN_TILES=max(1, _SPLIT_TOKENS // config.tile), DIRECT=splits == 1,
+        WIDEN=kernels.INTERPRETED and dtype == torch.bfloat16,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if splits > 1:
+        kernels.merge[(n, q_heads)](
+            scratch.partial, scratch.lse, rows.token, rows.length, out, out.stride(0), out.stride(1), splits,
+            HEADS=q_heads, D=dim, D_PAD=dim_pad, SPLITS_PAD=_power_of_two(splits), num_warps=4,
+        )  # fmt: skip
+
+
+def _check(
+    q: torch.Tensor,
+    pool: torch.Tensor,
+    host_pages: torch.Tensor,
+    rows: DeviceRows,
+    slot_of: torch.Tensor,
+    sets: DeviceSets,
+    layer: int,
+    geometry: KVGeometry,
+    out: torch.Tensor,
+) -> None:
+    dtype, device, dim, chunk = geometry.dtype, q.device, geometry.head_dim, geometry.chunk_tokens
+    require(dtype in DTYPES, f"dtype {dtype} is none of float32, bfloat16, float16")
+    require(dim % 8 == 0, f"head dimension {dim} is not a multiple of 8")
+    require(chunk % 8 == 0 and chunk <= 64, f"chunk_tokens={chunk} is not a multiple of 8 up to 64")
+    require(0 <= layer < geometry.num_layers, f"layer {layer} is outside 0..{geometry.num_layers - 1}")
+    for name, x in (("q", q), ("out", out)):
+        require(
+            x.dim() == 3 and x.shape[1:] == (geometry.num_q_heads, dim) and x.dtype == dtype and x.device == device,
+            f"{name}: expected {dtype} [T, {geometry.num_q_heads}, {dim}] on {device}, "
+            f"got {x.dtype} {list(x.shape)} on {x.device}",
+        )
+        require(x.stride(2) == 1, f"{name}: the last dimension must be contiguous, got strides {x.stride()}")
+    for name, x in (("pool", pool), ("host_pages", host_pages)):
+        where = device if name == "pool" else torch.device("cpu")
+        require_tensor(name, x, (x.shape[0], *geometry.page_shape), dtype, where)
+        require(x.is_contiguous(), f"{name} must be contiguous")
+        # One pointer with two ranges of offsets serves both tiers, in loads of 16 bytes.
+        require(x.data_ptr() % 16 == 0, f"{name} must begin at a multiple of 16 bytes")
+    n = rows.length.shape[0]
+    require_tensor("rows.block_table", rows.block_table, (n, rows.block_table.shape[1]), torch.int32, device)
+    fixed = {
+        "rows.token": (rows.token, (n,)),
+        "rows.length": (rows.length, (n,)),
+        "rows.state": (rows.state, (n,)),
+        "slot_of": (slot_of, (host_pages.shape[0],)),
+        "sets.pages": (sets.pages, tuple(sets.pages.shape)),
+        "sets.counts": (sets.counts, (sets.pages.shape[0], geometry.num_lanes)),
+        "sets.chunk": (sets.chunk, (sets.chunk.shape[0], geometry.num_lanes, PAGE)),
+        "sets.slot": (sets.slot, tuple(sets.chunk.shape)),
+    }
+    for name, (x, shape) in fixed.items():
+        require_tensor(name, x, shape, torch.int32, device)
+        require(x.is_contiguous(), f"{name} must be contiguous")
+
+
+def resident_decode_naive(
+    q: torch.Tensor,
+    pool: torch.Tensor,
+    host_pages: torch.Tensor,
+    rows: DeviceRows,
+    slot_of: torch.Tensor,
+    sets: DeviceSets,
+    layer: int,
+    geometry: KVGeometry,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Twin of `resident_decode`, lane by lane; float64 tensors give float64 results."""
+    chunk, heads, group = geometry.chunk_tokens, geometry.lane_heads, geometry.num_q_heads // geometry.num_kv_heads
+    wide = torch.promote_types(q.dtype, torch.float32)
+    for row, (token, length, state) in enumerate(
+        zip(rows.token.tolist(), rows.length.tolist(), rows.state.tolist(), strict=True)
+    ):
+        if length == 0:
+            continue
+        query = q[token].to(wide).view(geometry.layer_lanes, heads, group, geometry.head_dim)
+        for i in range(geometry.layer_lanes):
+            lane = layer * geometry.layer_lanes + i
+            chunks, slots = _entries(rows.block_table[row], length, state, slot_of, sets, lane, geometry)
+            kv = pool.new_empty(len(chunks), *geometry.page_shape)
+            resident = slots >= 0
+            kv[resident] = pool[slots[resident]]
+            absent = host_page(rows.block_table[row], chunks[~resident], lane, geometry)
+            kv[~resident] = host_pages[absent.to(host_pages.device)].to(kv.device)
+            tokens = (len(chunks) - 1) * chunk + (length - 1) % chunk + 1
+            keys, values = kv.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :tokens].to(wide)
+            weights = (scale * torch.einsum("hgd,htd->hgt", query[i], keys)).softmax(-1)
+            part = torch.einsum("hgt,htd->hgd", weights, values).flatten(0, 1)
+            out[token, i * heads * group : (i + 1) * heads * group] = part.to(out.dtype)
+
+
+def _entries(
+    blocks: torch.Tensor,
+    length: int,
+    state: int,
+    slot_of: torch.Tensor,
+    sets: DeviceSets,
+    lane: int,
+    geometry: KVGeometry,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chunks and slots, int64 [N] each, that a row attends to in a lane, its tail last."""
+    if state < 0:
+        chunks = torch.arange(geometry.chunks(length), device=blocks.device)
+        return chunks, slot_of[host_page(blocks, chunks, lane, geometry)].long()
+    entries = torch.arange(int(sets.counts[state, lane]), device=blocks.device)
+    at = sets.pages[state, entries // PAGE].long(), torch.full_like(entries, lane), entries % PAGE
+    return sets.chunk[at].long(), sets.slot[at].long()
+
+
+def host_page(blocks: torch.Tensor, chunks: torch.Tensor, lane: int, geometry: KVGeometry) -> torch.Tensor:
+    """Host pages, int64 [N], of a request's chunks in a lane. blocks: int32 [B], its block ids. chunks: int64 [N]."""
+    per_block = geometry.chunks_per_block
+    return (blocks[chunks // per_block].long() * geometry.num_lanes + lane) * per_block + chunks % per_block
+
+
+def _power_of_two(x: int) -> int:
+    """The least power of two from x on."""
+    return 1 << (x - 1).bit_length()
