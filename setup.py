@@ -1,4 +1,4 @@
-"""Packaging: metadata, the vLLM plugin entry point, and the CPU kernels compiled from csrc/."""
+"""Packaging: metadata, the vLLM plugin entry point, and the kernels compiled from csrc/."""
 
 import importlib.util
 import re
@@ -13,7 +13,10 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vllm_lsa" / "__init__.py")
 
 
 class BuildKernels(build_ext):
-    """Compiles csrc/ into ``vllm_lsa/ops/_cpu.so``: beside the sources for an editable install, else into the wheel."""
+    """Compiles csrc/ into ``vllm_lsa/ops/_cpu.so`` and, where nvcc is, ``_cuda.so``.
+
+    Beside the sources for an editable install, else into the wheel.
+    """
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"  # a plain C library, the same for every Python
@@ -25,7 +28,11 @@ class BuildKernels(build_ext):
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        module.build_cpu(Path(self.get_ext_fullpath(ext.name)).parent)
+        folder = Path(self.get_ext_fullpath(ext.name)).parent
+        if ext.name.endswith("_cuda"):
+            module.build_cuda_if_possible(folder)
+        else:
+            module.build_cpu(folder)
 
 
 setup(
@@ -39,7 +46,10 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["vllm_lsa", "vllm_lsa.*", "indexer_training", "indexer_training.*"]),
     package_data={"vllm_lsa.demo": ["*.txt", "*.md"], "vllm_lsa": ["checkpoints/*/*"]},
-    ext_modules=[Extension("vllm_lsa.ops._cpu", sources=[])],
+    ext_modules=[
+        Extension("vllm_lsa.ops._cpu", sources=[]),
+        Extension("vllm_lsa.ops._cuda", sources=[], optional=True),  # where there is nvcc
+    ],
     cmdclass={"build_ext": BuildKernels},
     install_requires=["torch", "numpy", "pydantic>=2", "prometheus_client", "psutil", "safetensors"],
     extras_require={

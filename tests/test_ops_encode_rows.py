@@ -1,0 +1,198 @@
+"""Index cells of chunks that a step completes: the Triton kernels against their twins."""
+
+import pytest
+import torch
+
+from tests.kernels import DEVICE, load
+from vllm_lsa.device.state import DeviceRows
+from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.ops.encode_rows import (
+    ProductCodec,
+    encode_chunks,
+    encode_chunks_naive,
+    encode_decoded,
+    encode_decoded_naive,
+    encode_pages,
+    encode_pages_naive,
+)
+
+load("encode")
+NONSENSE = 2**30
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def ints(values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+
+def make_codec(kv_heads, dim, subspaces):
+    if not subspaces:
+        return None
+    return ProductCodec(
+        torch.linalg.qr(torch.randn(kv_heads, dim, dim)).Q.contiguous().to(DEVICE),
+        torch.randn(kv_heads, dim).to(DEVICE),
+        torch.randn(kv_heads, subspaces, 256, dim // subspaces).to(DEVICE),
+    )
+
+
+def make_cells(num_blocks, kv_heads, per_block, chunk, dim, dtype, subspaces):
+    """Cells within larger ones of noise."""
+    size = subspaces * chunk if subspaces else dim * dtype.itemsize
+    wide = torch.randint(0, 256, (num_blocks, kv_heads, per_block, 32 + -(-size // 16) * 16), dtype=torch.uint8)
+    return wide.to(DEVICE), slice(16, 16 + size)
+
+
+def assert_same(wide, want_wide, part, keys_of, dtype, codec, chunk):
+    """Equal but for codes of centroids equally near; keys_of: (block, place) to keys [Hkv, C, D] of what is written."""
+    got, want = wide[..., part], want_wide[..., part]
+    rest = wide.clone()
+    rest[..., part] = want_wide[..., part]
+    assert rest.equal(want_wide)
+    if codec is None:
+        for block, place in keys_of:
+            torch.testing.assert_close(
+                got[block, :, place].view(dtype), want[block, :, place].view(dtype),
+                rtol=1e-5 if dtype == torch.float32 else 0.01, atol=1e-5,
+            )  # fmt: skip
+            want[block, :, place] = got[block, :, place]
+        assert got.equal(want)
+        return
+    for (block, place), keys in keys_of.items():
+        y = (keys.to(DEVICE).double() - codec.mean.double()[:, None]) @ codec.to_code.double()
+        y = y.unflatten(-1, (codec.centroids.shape[1], -1)).transpose(1, 2)  # [Hkv, M, C, D / M]
+        every = (y.unsqueeze(-2) - codec.centroids.double().unsqueeze(2)).square().sum(-1)
+        codes = got[block, :, place].long().unflatten(-1, (-1, chunk))
+        chosen = every.gather(-1, codes.unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(chosen, every.amin(-1), rtol=1e-4, atol=1e-5)
+    assert (got == want).float().mean() > 0.99
+    for block, place in keys_of:
+        want[block, :, place] = got[block, :, place]
+    assert got.equal(want)
+
+
+# KV heads, D, M (0: mean key), C, chunks per block
+SHAPES = [(2, 16, 4, 16, 2), (1, 24, 3, 8, 3), (3, 64, 8, 16, 1), (1, 20, 1, 24, 2), (2, 32, 32, 32, 2),
+          (1, 12, 2, 64, 1), (2, 64, 0, 16, 2), (1, 40, 0, 24, 3), (3, 8, 0, 8, 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_chunks_of_a_prompt(shape):
+    kv_heads, dim, subspaces, chunk, per_block = shape
+    torch.manual_seed(0)
+    dtype = DTYPES[sum(shape) % 3]
+    codec = make_codec(kv_heads, dim, subspaces)
+    k = torch.full((5 * chunk + 3, 2 * kv_heads + 1, dim), float("nan"), dtype=dtype, device=DEVICE)[:, 1::2]
+    first, blocks = [chunk + 3, -1, 3 * chunk, 0, 4 * chunk + 1], [4, NONSENSE, 0, 2, 3]
+    places = [0, 7, per_block - 1, 0, 0]
+    for f in filter(lambda f: f >= 0, first):
+        k[f : f + chunk] = torch.randn(chunk, kv_heads, dim).to(dtype)
+    keys_of = {
+        (block, place): k[f : f + chunk].transpose(0, 1)  # after all was written: two of them overlap
+        for f, block, place in zip(first, blocks, places, strict=True)
+        if f >= 0
+    }
+    wide, part = make_cells(5, kv_heads, per_block, chunk, dim, dtype, subspaces)
+    want = wide.clone()
+    lists = ints(first), ints(blocks), ints(places)
+    encode_chunks(k, *lists, wide[..., part], chunk, codec)
+    encode_chunks_naive(k, *lists, want[..., part], chunk, codec)
+    assert_same(wide, want, part, keys_of, dtype, codec, chunk)
+
+
+def make_store(shape, layer_lanes, dtype, num_blocks):
+    kv_heads, dim, _, chunk, per_block = shape
+    geometry = KVGeometry(3, 2 * kv_heads, kv_heads, dim, dtype, chunk * per_block, chunk, layer_lanes)
+    pages = torch.full((num_blocks * geometry.num_lanes * per_block, *geometry.page_shape), float("nan"), dtype=dtype)
+    return geometry, pages.pin_memory() if DEVICE.type == "cuda" else pages
+
+
+def fill(pages, geometry, layer, block, place):
+    """Random keys in a chunk's pages of a layer; returns them, [Hkv, C, D]."""
+    g, keys = geometry, []
+    for lane in range(layer * g.layer_lanes, (layer + 1) * g.layer_lanes):
+        page = pages[(block * g.num_lanes + lane) * g.chunks_per_block + place]
+        page[0] = torch.randn(page.shape[1:]).to(page.dtype)
+        keys.append(page[0])
+    return torch.cat(keys)
+
+
+@pytest.mark.parametrize("per_head", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_chunks_that_decoding_completes(shape, per_head):
+    kv_heads, dim, subspaces, chunk, per_block = shape
+    torch.manual_seed(1)
+    dtype, layer, num_blocks = DTYPES[(sum(shape) + 1) % 3], 1, 9
+    geometry, pages = make_store(shape, kv_heads if per_head else 1, dtype, num_blocks)
+    codec = make_codec(kv_heads, dim, subspaces)
+    lengths = [0, chunk, chunk + 1, 0, 3 * chunk, 2 * chunk - 1, 2 * chunk]
+    table = torch.full((len(lengths), 4), NONSENSE, dtype=torch.int32)
+    free, keys_of = torch.randperm(num_blocks).tolist(), {}
+    for i, length in enumerate(lengths):
+        if length and length % chunk == 0:
+            c = length // chunk - 1
+            block = table[i, c // per_block] = free.pop()
+            keys_of[int(block), c % per_block] = fill(pages, geometry, layer, int(block), c % per_block)
+    state = [-1, 0, 1, -1, -1, 2, 3]
+    unused = ints([NONSENSE] * len(lengths))
+    rows = DeviceRows(unused, ints(lengths), ints(state), unused, table.to(DEVICE))
+    wide, part = make_cells(num_blocks, kv_heads, per_block, chunk, dim, dtype, subspaces)
+    want = wide.clone()
+    encode_decoded(pages, rows, wide[..., part], layer, geometry, codec)
+    encode_decoded_naive(pages, rows, want[..., part], layer, geometry, codec)
+    assert len(keys_of) == 3
+    assert_same(wide, want, part, keys_of, dtype, codec, chunk)
+
+
+@pytest.mark.parametrize("shape", SHAPES[2:7:4])
+def test_chunks_begun_in_an_earlier_step(shape):
+    kv_heads, dim, subspaces, chunk, per_block = shape
+    torch.manual_seed(2)
+    dtype, layer = torch.bfloat16, 2
+    geometry, pages = make_store(shape, kv_heads, dtype, 4)
+    codec = make_codec(kv_heads, dim, subspaces)
+    blocks, places = [3, 1, 0], [0, 0, per_block - 1]
+    keys_of = {(b, p): fill(pages, geometry, layer, b, p) for b, p in zip(blocks, places, strict=True)}
+    first = [b * geometry.num_lanes * per_block + p for b, p in zip(blocks, places, strict=True)]
+    lists = ints([first[0], -1, *first[1:]], torch.int64), ints([3, NONSENSE, 1, 0]), ints([0, 9, *places[1:]])
+    wide, part = make_cells(4, kv_heads, per_block, chunk, dim, dtype, subspaces)
+    want = wide.clone()
+    encode_pages(pages, *lists, wide[..., part], layer, geometry, codec)
+    encode_pages_naive(pages, *lists, want[..., part], layer, geometry, codec)
+    assert_same(wide, want, part, keys_of, dtype, codec, chunk)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[6]])
+def test_captured_encoding_follows_the_rows(shape):
+    kv_heads, dim, subspaces, chunk, per_block = shape
+    torch.manual_seed(3)
+    geometry, pages = make_store(shape, kv_heads, torch.bfloat16, 4)
+    codec, unused = make_codec(kv_heads, dim, subspaces), ints([0, 0])
+    rows = DeviceRows(unused, ints([5, 0]), unused, unused, ints([[2], [1]]))
+    wide, part = make_cells(4, kv_heads, per_block, chunk, dim, torch.bfloat16, subspaces)
+    encode_decoded(pages, rows, wide[..., part], 0, geometry, codec)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        encode_decoded(pages, rows, wide[..., part], 0, geometry, codec)
+    keys_of = {(1, 0): fill(pages, geometry, 0, 1, 0)}
+    rows.length.copy_(ints([0, chunk]))
+    want = wide.clone()
+    graph.replay()
+    encode_decoded_naive(pages, rows, want[..., part], 0, geometry, codec)
+    assert_same(wide, want, part, keys_of, torch.bfloat16, codec, chunk)
+
+
+def test_refusals():
+    shape = (1, 16, 4, 16, 2)
+    geometry, pages = make_store(shape, 1, torch.float32, 2)
+    codec = make_codec(1, 16, 4)
+    wide, part = make_cells(2, 1, 2, 16, 16, torch.float32, 4)
+    lists = ints([0], torch.int64), ints([0]), ints([0])
+    with pytest.raises(ValueError, match="layer 3"):
+        encode_pages(pages, *lists, wide[..., part], 3, geometry, codec)
+    with pytest.raises(ValueError, match="cells must be uint8"):
+        encode_pages(pages, *lists, wide, 0, geometry, codec)
+    with pytest.raises(ValueError, match="page: expected torch.int64"):
+        encode_pages(pages, ints([0]), *lists[1:], wide[..., part], 0, geometry, codec)
+    with pytest.raises(ValueError, match="mean: expected"):
+        encode_pages(pages, *lists, wide[..., part], 0, geometry, codec._replace(mean=codec.mean.double()))

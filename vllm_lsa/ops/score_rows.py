@@ -1,0 +1,204 @@
+"""Chunk scores of a step's decode rows, from index cells found through their block tables."""
+
+import math
+import sys
+from functools import cache
+from importlib import import_module
+from typing import Literal
+
+import torch
+
+from vllm_lsa.device.state import PAGE, DeviceRows, DeviceSets
+from vllm_lsa.ops.cuda_native import cuda_library, launch
+from vllm_lsa.ops.native import DTYPES, gather_cells, require, require_tensor, unsupported
+from vllm_lsa.ops.product_lse import CENTROIDS, product_chunk_logits_paged_naive
+
+_KERNELS = "vllm_lsa.kernels.score"
+_LINE = 128  # bytes of a table's entries for one code, in csrc/cuda/product_score.cu
+MAX_ROWS = 1024
+"""Most rows that the CUDA kernel takes."""
+Form = Literal["cuda", "triton"]
+
+
+@cache
+def product_form() -> Form:
+    """How the product index is scored on a GPU: by CUDA C++ if it was built, which the first call looks up and logs."""
+    return "cuda" if cuda_library() else "triton"
+
+
+def score_scratch(
+    n: int, q_heads: int, kv_heads: int, subspaces: int, device: torch.device, form: Form | None = None
+) -> torch.Tensor:
+    """Room for the look-up tables of up to n rows: uint8, about 32 KiB (Triton: 64) per row and KV head for 16
+    subspaces and 4 query heads each. One serves all layers, since their kernels run one after the other.
+    """
+    group = q_heads // kv_heads
+    form = form or (product_form() if device.type == "cuda" else "triton")
+    if form == "triton":
+        size = 4 * n * kv_heads * subspaces * CENTROIDS * (-(-group // 4) * 4)
+    else:
+        width, passes, slabs, padded = _cuda_layout(group, subspaces)
+        size = n * kv_heads * passes * (slabs * CENTROIDS * _LINE + padded * width * 4)
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def _cuda_layout(group: int, subspaces: int) -> tuple[int, int, int, int]:
+    """Heads of an entry, passes over the cells, slabs and padded subspaces of a table: as in product_score.cu."""
+    width = 2 if group <= 2 else 4 if group <= 4 else 8
+    per_slab = 4
+    while per_slab < min(subspaces, _LINE // (2 * width), 16):
+        per_slab *= 2
+    slabs = -(-subspaces // per_slab)
+    return width, -(-group // width), slabs, slabs * per_slab
+
+
+def score_rows(
+    q: torch.Tensor,
+    cells: torch.Tensor,
+    rows: DeviceRows,
+    sets: DeviceSets,
+    chunk: int,
+    scale: float,
+    logits: torch.Tensor,
+    to_query: torch.Tensor | None = None,
+    centroids: torch.Tensor | None = None,
+    scratch: torch.Tensor | None = None,
+    form: Form | None = None,
+) -> None:
+    """Estimated log of the attention mass of every full chunk before the row's token, for the rows on a budget.
+
+    q: [T, Hq, D], rows and heads may be strided; fp32, bf16 or fp16; row i is token ``rows.token[i]``. cells: uint8
+    [num_blocks, Hkv, per_block, b], all but the last dimension may be strided, by multiples of 16 bytes, from an
+    address that is one. chunk: C. scale: factor on q·k. logits: fp32 [num_state_pages, Hq, 64]; chunk c of a row, one
+    of ``(length - 1) // C``, goes to ``[sets.pages[state, c // 64], h, c % 64]``; nothing else is written.
+
+    Natural log, as `ChunkIndex.paged_logits` has it. Without `centroids` a cell is the mean key, D values of q's dtype.
+    With centroids fp32 [Hkv, M, 256, D / M], M up to 32, and to_query fp32 [Hkv, D, D] it is M·C codes, and `scratch`
+    must be of `score_scratch`; look-ups are fp16 in the CUDA kernel: to about 0.01 of the logit. form: `product_form`
+    if None.
+
+    Nothing is allocated or read back: fit for a CUDA graph. On CPU tensors this is `score_rows_naive`, unless the
+    kernels were loaded in Triton's interpreter. Raises ValueError on a bad shape, dtype, stride or address, LsaError if
+    CUDA refuses the launch; what only the device knows is not checked.
+    """
+    kernels = sys.modules.get(_KERNELS)
+    if q.device.type == "cpu":
+        if kernels is None or not kernels.INTERPRETED:
+            return score_rows_naive(q, cells, rows, sets, chunk, scale, logits, to_query, centroids)
+        form = "triton"
+    elif q.device.type != "cuda":
+        raise unsupported(q.device)
+
+    n = rows.length.shape[0]
+    if n == 0:
+        return
+    _check(q, cells, rows, sets, chunk, logits, to_query, centroids)
+    if centroids is None:
+        (kernels or import_module(_KERNELS)).score_mean_key(q, cells, rows, sets, chunk, scale, logits)
+        return
+    assert to_query is not None
+    form = form or product_form()
+    (_, q_heads, dim), (_, kv_heads, per_block, _), subspaces = q.shape, cells.shape, centroids.shape[1]
+    needed = score_scratch(n, q_heads, kv_heads, subspaces, torch.device("meta"), form).numel()
+    require(
+        scratch is not None and scratch.dtype == torch.uint8 and scratch.device == q.device and scratch.is_contiguous(),
+        f"scratch must be from score_scratch on {q.device}",
+    )
+    assert scratch is not None
+    require(scratch.numel() >= needed, f"scratch has {scratch.numel()} bytes, {n} rows need {needed}")
+    if form == "triton":
+        (kernels or import_module(_KERNELS)).score_product(
+            q, cells, rows, sets, to_query, centroids, chunk, scale, logits, scratch
+        )
+        return
+    library = cuda_library()
+    require(library is not None, "form='cuda' needs the CUDA kernels: build them with 'python -m vllm_lsa.ops.build'")
+    assert library is not None
+    require(n <= MAX_ROWS, f"{n} rows are more than {MAX_ROWS}")
+    launch(
+        library, "lsa_product_score_rows",
+        q.data_ptr(), q.stride(0), q.stride(1), DTYPES[q.dtype], to_query.data_ptr(), centroids.data_ptr(),
+        cells.data_ptr(), *cells.stride()[:3], per_block, rows.token.data_ptr(), rows.length.data_ptr(),
+        rows.state.data_ptr(), rows.block_table.data_ptr(), rows.block_table.stride(0), sets.pages.data_ptr(),
+        sets.pages.stride(0), scratch.data_ptr(), logits.data_ptr(), n, kv_heads, q_heads // kv_heads, subspaces, dim,
+        chunk, scale * math.log2(math.e),
+    )  # fmt: skip
+
+
+def _check(
+    q: torch.Tensor,
+    cells: torch.Tensor,
+    rows: DeviceRows,
+    sets: DeviceSets,
+    chunk: int,
+    logits: torch.Tensor,
+    to_query: torch.Tensor | None,
+    centroids: torch.Tensor | None,
+) -> None:
+    device, n = q.device, rows.length.shape[0]
+    require(q.dim() == 3 and q.dtype in DTYPES, f"q must be fp32, bf16 or fp16 [T, Hq, D], got {q.dtype} {q.shape}")
+    require(cells.dim() == 4, f"cells must be [num_blocks, Hkv, per_block, b], got {list(cells.shape)}")
+    (_, q_heads, dim), kv_heads = q.shape, cells.shape[1]
+    require(q.stride(2) == 1, f"q: the last dimension must be contiguous, got strides {q.stride()}")
+    require(kv_heads > 0 and q_heads % kv_heads == 0, f"{kv_heads} kv heads do not divide {q_heads} query heads")
+    if centroids is None:
+        size = dim * q.dtype.itemsize
+    else:
+        require(centroids.dim() == 4, f"centroids must be [Hkv, M, {CENTROIDS}, D / M], got {list(centroids.shape)}")
+        subspaces = centroids.shape[1]
+        require(1 <= subspaces <= 32 and dim % subspaces == 0, f"M = {subspaces} must divide D = {dim}, at most 32")
+        require(chunk % 8 == 0 and 0 < chunk <= 64, f"C = {chunk} must be a multiple of 8 up to 64")
+        require(to_query is not None, "centroids without to_query")
+        assert to_query is not None
+        shape = (kv_heads, subspaces, CENTROIDS, dim // subspaces)
+        for name, x, expected in (("centroids", centroids, shape), ("to_query", to_query, (kv_heads, dim, dim))):
+            require_tensor(name, x, expected, torch.float32, device)
+            require(x.is_contiguous(), f"{name} must be contiguous")
+        size = subspaces * chunk
+    require(
+        cells.dtype == torch.uint8 and cells.shape[3] == size and cells.device == device and cells.stride(3) == 1,
+        f"cells must be uint8 [.., {size}] on {device} with contiguous bytes, "
+        f"got {cells.dtype} {list(cells.shape)} on {cells.device}, strides {cells.stride()}",
+    )
+    require(
+        cells.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in cells.stride()[:3]),
+        f"cells must lie at multiples of 16 bytes, got strides {cells.stride()}",
+    )
+    require_tensor("logits", logits, (logits.shape[0], q_heads, PAGE), torch.float32, device)
+    require_tensor("rows.block_table", rows.block_table, (n, rows.block_table.shape[1]), torch.int32, device)
+    require_tensor("sets.pages", sets.pages, tuple(sets.pages.shape), torch.int32, device)
+    for name, x in (("token", rows.token), ("length", rows.length), ("state", rows.state)):
+        require_tensor(f"rows.{name}", x, (n,), torch.int32, device)
+        require(x.is_contiguous(), f"rows.{name} must be contiguous")
+    require(logits.is_contiguous(), "logits must be contiguous")
+
+
+def score_rows_naive(
+    q: torch.Tensor,
+    cells: torch.Tensor,
+    rows: DeviceRows,
+    sets: DeviceSets,
+    chunk: int,
+    scale: float,
+    logits: torch.Tensor,
+    to_query: torch.Tensor | None = None,
+    centroids: torch.Tensor | None = None,
+) -> None:
+    """Twin of `score_rows`, row by row."""
+    for i, (token, length, state) in enumerate(
+        zip(rows.token.tolist(), rows.length.tolist(), rows.state.tolist(), strict=True)
+    ):
+        chunks = max(0, length - 1) // chunk
+        if state < 0 or not chunks:
+            continue
+        query, blocks = q[token], rows.block_table[i]
+        if centroids is None:
+            mean = gather_cells(cells, blocks, chunks).view(q.dtype).float()
+            grouped = query.float().unflatten(0, (cells.shape[1], -1))
+            result = (scale * grouped @ mean.permute(1, 2, 0)).flatten(0, 1)
+        else:
+            assert to_query is not None
+            result = product_chunk_logits_paged_naive(query, cells, blocks, chunks, to_query, centroids, chunk, scale)
+        c = torch.arange(chunks, device=q.device)
+        page = sets.pages[state, c // PAGE].long()
+        logits[page, :, c % PAGE] = result.T.float()
