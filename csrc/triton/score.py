@@ -11,7 +11,7 @@ import triton.language as tl
 from vllm_lsa.device.state import PAGE, DeviceRows, DeviceSets
 
 _LOG2E = 1.4426950408889634
-_PROGRAMS = 1024  # about as many as keep a device busy; rows that do not take part end theirs at once
+_PROGRAMS = 4096  # more than keep a device busy, since those of rows that do not take part end at once
 _STRIDES = ["q_token", "q_head", "cell_block", "cell_head", "cell_chunk", "row_blocks", "row_pages", "splits"]
 
 
@@ -168,4 +168,4 @@ def score_mean_key(
 def _splits(lanes: int, rows: DeviceRows, per_block: int, tile: int) -> int:
     """Programs for each row and KV head: no more than the longest possible row has tiles."""
     tiles = -(-rows.block_table.shape[1] * per_block // tile)
-    return max(1, min(tiles, -(-_PROGRAMS // lanes) if lanes >= 256 else 64))
+    return max(1, min(tiles, 64, max(4, _PROGRAMS // lanes)))
