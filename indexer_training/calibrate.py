@@ -1,7 +1,8 @@
 """What turns scores into sets: product tables, weights of layers, thresholds. ``python -m indexer_training.calibrate``
 
 Makes calibrate/product.safetensors (`ProductTables`, for all layers of the backbone) and calibrate/calibration.json:
-layer_weights, damage, thresholds and budget_shares (see `IndexerConfig`). Layers are shared out over processes.
+layer_weights, damage, thresholds and budget_shares (see `IndexerConfig`). Layers are shared out over processes. One set
+for all layers (``--form shared``) has one threshold per budget, and no damage, weights or shares of layers.
 """
 
 import json
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from indexer_training.backbone import quiet
 from indexer_training.data import is_synthetic
 from indexer_training.distributed import Group
+from indexer_training.ensemble import cuts, scores
 from indexer_training.product import fit_layer
 from indexer_training.settings import Settings
 from indexer_training.train import Windows, read_trained
@@ -55,14 +57,14 @@ def gather(work: Workspace, layers: int) -> ProductTables:
 
 
 def rule_of(settings: Settings, budget: float, **changes: Any) -> Any:
-    """The `SelectionRule` that measurements are made with: sets per KV head, chunks demanded by usage."""
+    """The `SelectionRule` that measurements are made with: the form's sets, chunks demanded by usage."""
     from vllm_lsa.evaluation.rule import SelectionRule
 
     fields: dict[str, Any] = {
         "budget": budget,
         "chunk_tokens": settings.chunk_tokens,
         "period": settings.period,
-        "sets": "per_head",
+        "sets": "shared" if settings.shared else "per_head",
         "sink_tokens": settings.sink_tokens,
         "recency_tokens": settings.recency_tokens,
         "demand_chunks": settings.demand_chunks,
@@ -118,23 +120,13 @@ def thresholds_of(
 
     shares: per budget and layer, of all chunks of the past, those that are always kept included.
     """
-    s = windows.work.settings
-    found: list[list[float]] = [[] for _ in shares]
-    for place, layer in enumerate(layers):
-        scores, past, held = [], 0, 0
-        for window in s.validation:
-            batch = windows.batch(window, torch.arange(len(s.starts)))
-            logits = batch.logits(indexer.layer(layer), layer).sigmoid()
-            scores.append(logits[~batch.fixed.unsqueeze(1).expand_as(logits)])
-            kv_heads = logits.shape[1]
-            past += kv_heads * int(batch.counts.sum())
-            held += kv_heads * len(batch.counts) * (s.period // s.chunk_tokens)
-        ordered = torch.cat(scores).sort(descending=True).values
-        held += past - len(ordered)
-        for i, of_layers in enumerate(shares):
-            room = int(of_layers[place] * past) - held
-            found[i].append(float(ordered[min(max(room, 0), len(ordered) - 1)]) if room < len(ordered) else 0.0)
-    return found
+
+    def of_layer(place: int, layer: int) -> list[float]:
+        scorer = indexer.layer(layer)
+        return cuts(lambda batch: batch.logits(scorer, layer).sigmoid(), [each[place] for each in shares], windows)
+
+    found = [of_layer(place, layer) for place, layer in enumerate(layers)]
+    return [list(of_budget) for of_budget in zip(*found, strict=True)]
 
 
 def run(work: Workspace, group: Group) -> dict[str, Any]:
@@ -147,6 +139,16 @@ def run(work: Workspace, group: Group) -> dict[str, Any]:
     if not group.leads:
         return {}
     tables = gather(work, count)
+    device = s.torch_device()
+    windows = Windows(work, device)
+    names = [f"{budget:g}" for budget in s.budgets]
+    path = work.folder("calibrate") / "calibration.json"
+    if s.shared:
+        indexer.to(device)
+        found = cuts(lambda batch: scores(indexer, about["layers"], about["ensemble"], batch), s.budgets, windows)
+        by_budget = {name: [value] for name, value in zip(names, found, strict=True)}
+        write_json(path, {"layer_weights": None, "damage": None, "thresholds": by_budget, "budget_shares": {}})
+        return {}
     damage = None
     weights = [1.0] * count
     if s.damage:
@@ -156,16 +158,14 @@ def run(work: Workspace, group: Group) -> dict[str, Any]:
         log("calibrate: --no-damage, so every layer gets the same share of a budget")
     layers = about["layers"]
     shares = [shares_of(budget, [weights[layer] for layer in layers], s) for budget in s.budgets]
-    device = s.torch_device()
-    thresholds = thresholds_of(indexer.to(device), layers, shares, Windows(work, device))
-    names = [f"{budget:g}" for budget in s.budgets]
+    thresholds = thresholds_of(indexer.to(device), layers, shares, windows)
     calibration = {
         "layer_weights": weights if s.damage else None,
         "damage": damage,
         "thresholds": dict(zip(names, thresholds, strict=True)),
         "budget_shares": dict(zip(names, shares, strict=True)),
     }
-    write_json(work.folder("calibrate") / "calibration.json", calibration)
+    write_json(path, calibration)
     return {}
 
 

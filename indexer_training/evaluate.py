@@ -18,9 +18,11 @@ from vllm_lsa.indexer import MemoryIndexer
 from vllm_lsa.indexer.product import ProductTables
 
 
-def selected(indexer: MemoryIndexer, layers: list[int]) -> MemoryIndexer:
-    """The same scorers, of some layers only."""
-    config = indexer.config.model_copy(update={"layers": tuple(layers)})
+def selected(indexer: MemoryIndexer, about: dict[str, Any]) -> MemoryIndexer:
+    """The same scorers, of those layers alone and combined as recall.json says."""
+    layers: list[int] = about["layers"]
+    changes = {"layers": tuple(layers), "ensemble": about.get("ensemble", indexer.config.ensemble)}
+    config = indexer.config.model_copy(update=changes)
     speeds = torch.stack([indexer.layer(layer).inv_freq for layer in layers])
     few = MemoryIndexer(config, speeds.cpu())
     few.load_state_dict({name: x for name, x in indexer.state_dict().items() if name in few.state_dict()})
@@ -34,7 +36,7 @@ def rules(work: Workspace) -> dict[str, Any]:
     s = work.settings
     device = s.torch_device()
     indexer, about = read_trained(work)
-    trained = selected(indexer, about["layers"]).to(device)
+    trained = selected(indexer, about).to(device)
     tables = ProductTables.load(work.folder("calibrate") / "product.safetensors").to(device)
     calibration = json.loads((work.folder("calibrate") / "calibration.json").read_text())
     weights = calibration["layer_weights"]

@@ -28,14 +28,14 @@ def run(work: Workspace, group: Group) -> dict[str, Any]:
         return {}
     s = work.settings
     indexer, about = read_trained(work)
-    layers, recall = about["layers"], about["recall"]
+    recall = about["recall"]
     calibration = json.loads((work.folder("calibrate") / "calibration.json").read_text())
     metrics = json.loads((work.folder("evaluate") / "table.json").read_text())
-    # How the scores alone do, before anything is demanded: the mean over all layers.
+    # How the scores alone do, before anything is demanded: the mean over all sets.
     for name, values in recall.items():
         metrics[f"recall, {name}, {about['budget']:.1%}"] = round(sum(values) / len(values), 4)
     weights = calibration["layer_weights"]
-    few = selected(indexer, layers)
+    few = selected(indexer, about)
     few.config = IndexerConfig.model_validate(
         {
             **few.config.model_dump(),
@@ -43,7 +43,7 @@ def run(work: Workspace, group: Group) -> dict[str, Any]:
             "thresholds": calibration["thresholds"],
             "budget_shares": calibration["budget_shares"],
             "layer_weights": weights,
-            "layer_gains": [round(recall["trained"][i] - recall["usage"][i], 5) for i in layers],
+            "layer_gains": about["gains"],
             "demand_index": {"kind": "product", "subspaces": s.subspaces, "file": TABLES},
             "metrics": metrics,
         }
@@ -53,7 +53,7 @@ def run(work: Workspace, group: Group) -> dict[str, Any]:
     os.replace(unfinished, work.out / TABLES)
     few.save(work.out, torch.float16)
     size = sum((work.out / name).stat().st_size for name in ("config.json", "model.safetensors", TABLES))
-    return {"layers": len(layers), "bytes": size}
+    return {"layers": len(few.layers), "bytes": size}
 
 
 if __name__ == "__main__":

@@ -7,15 +7,19 @@ label):
     hard       uint8 [L, S, Hkv, K]   of last_chunk: was so in the period before, and is no positive
 
 Chunks that are always kept, the first and the newest, are neither; free mass is that of the others.
+
+With ``--form shared`` it makes instead, about one set for all layers and heads (see `Union`):
+
+    mass, usage     fp32 [S, N]    golden, hard     uint8 [S, N]
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
 
 from indexer_training.distributed import Group
-from indexer_training.masses import Masses, forced, top_share
+from indexer_training.masses import Masses, dense_mean, forced, top_share
 from indexer_training.settings import Settings
 from indexer_training.workspace import Workspace, progress, write_tensors
 
@@ -53,15 +57,48 @@ def labels(upcoming: Masses, last: Masses, fixed: torch.Tensor, top_p: float) ->
     return positive, used & ~is_positive.gather(-1, last_index)
 
 
+class Union(NamedTuple):
+    """What all layers and heads together attend to.
+
+    mass, usage: fp32 [S, N], of the window to come and noted up to the cycle's start, means over layers and KV heads.
+    golden: bool [S, N], a positive of some head in enough layers (arXiv 2606.09079's rule, with this step's
+    positives). hard: bool [S, N], was so in the period before, and is not golden.
+    """
+
+    mass: torch.Tensor
+    usage: torch.Tensor
+    golden: torch.Tensor
+    hard: torch.Tensor
+
+
+def union(upcoming: Masses, last: Masses, counts: torch.Tensor, fixed: torch.Tensor, settings: Settings) -> Union:
+    """Labels of one set for all layers. counts: [S]; fixed: [S, N], neither golden nor hard."""
+
+    def golden(masses: Masses) -> torch.Tensor:
+        mass, index = free(masses, fixed)
+        flags = top_share(mass, masses.rest, settings.top_p)
+        everywhere = torch.zeros(*index.shape[:-1], fixed.shape[-1], dtype=torch.bool)
+        return everywhere.scatter_(-1, index, flags).any(2).sum(0) >= settings.golden_layers
+
+    chunks, needed = fixed.shape[-1], golden(upcoming)
+    return Union(dense_mean(upcoming, counts, chunks), dense_mean(last, counts, chunks), needed, golden(last) & ~needed)
+
+
 def run(work: Workspace, group: Group) -> dict[str, Any]:
     """Label the windows that are not labelled yet."""
     s = work.settings
-    fixed = forced_of(s, counts_of(s))
+    counts = counts_of(s)
+    fixed = forced_of(s, counts)
     mine = list(group.mine(range(s.documents)))
     left = [i for i in mine if not work.shard("label", i).exists()]
     for i in progress(left, "label", group, " windows", len(mine) - len(left)):
         x = load_file(work.shard("capture", i))
         upcoming, last = (Masses(*(x[f"{kind}_{part}"] for part in Masses._fields)) for kind in ("next", "last"))
+        if s.shared:
+            found = union(upcoming, last, counts, fixed, s)
+            flags = {"golden": found.golden.byte(), "hard": found.hard.byte()}
+            write_tensors(work.shard("label", i), {"mass": found.mass, "usage": found.usage, **flags})
+            continue
         positive, hard = labels(upcoming, last, fixed, s.top_p)
         write_tensors(work.shard("label", i), {"positive": positive.byte(), "hard": hard.byte()})
     return {}

@@ -84,6 +84,14 @@ def dense(masses: Masses, counts: torch.Tensor, chunks: int) -> torch.Tensor:
     return out.scatter_(-1, masses.chunk.long(), masses.mass.float())
 
 
+def dense_mean(masses: Masses, counts: torch.Tensor, chunks: int) -> torch.Tensor:
+    """Mass of every chunk, mean over layers and KV heads: fp32 [S, chunks] of masses [L, S, Hkv, K]. See `dense`."""
+    total = torch.zeros(len(counts), chunks, device=masses.mass.device)
+    for layer in range(len(masses.chunk)):  # one at a time: all of a large model would take gigabytes
+        total += dense(Masses(*(x[layer] for x in masses)), counts, chunks).mean(1)
+    return total / len(masses.chunk)
+
+
 def forced(counts: torch.Tensor, chunks: int, sink_chunks: int, recent_chunks: int) -> torch.Tensor:
     """Chunks that are not to be learned, bool [S, chunks]: those always kept, and those that are not past yet."""
     n = torch.arange(chunks, device=counts.device)

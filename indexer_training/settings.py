@@ -5,14 +5,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_lsa.errors import LsaError
 
 STEPS = ("data", "capture", "label", "train", "calibrate", "evaluate", "export")
-LAYOUT = 1  # of the files in OUT/work; raise it when older ones can no longer be read
+LAYOUT = 2  # of the files in OUT/work; raise it when older ones can no longer be read
 
 
 def _field(step: str, description: str, default: Any = None, **limits: Any) -> Any:
@@ -48,9 +48,21 @@ class Settings(BaseModel):
     )
     key_sample: int = _field("capture", "keys per layer and KV head that the demand index is fitted to", 24000, ge=256)
 
+    form: Literal["per_layer", "shared"] = _field(
+        "label",
+        "per_layer: layers and KV heads have sets of their own; shared: one set for all layers, chosen by the ensemble "
+        "of a few (the paper's form)",
+        "per_layer",
+    )
     top_p: float = _field("label", "share of the attention mass that positives hold together", 0.9, gt=0, le=1)
     sink_tokens: int = _field("label", "first tokens, which are always kept and so not learned", 16, ge=0)
     recency_tokens: int = _field("label", "newest tokens, likewise", 32, ge=0)
+
+    golden_layers: int = _field(
+        "label",
+        "shared: a chunk is a positive if it is one in so many layers (default: a seventh of them, the paper's share)",
+        ge=1,
+    )
 
     loss: Literal["soft", "bce", "focal"] = _field(
         "train", "soft: cross-entropy with the attention mass; bce, focal: with the positives", "soft"
@@ -62,7 +74,10 @@ class Settings(BaseModel):
     hard_weight: float = _field("train", "weight of hard negatives: used last, not next", 1.5, ge=1)
     save_every: int = _field("", "optimiser steps between two saved states", 50, ge=1)
     budget: float = _field("train", "share of chunks kept where layers' gains are measured", 0.1, gt=0, le=1)
-    min_gain: float = _field("train", "gain in recall over usage alone that a layer's scorer must bring", 0.002)
+    layers: int = _field("train", "shared: most layers of the ensemble (default: 3)", ge=1)
+    min_gain: float = _field(
+        "train", "gain in recall that a layer must bring: over usage alone; shared: to the ensemble", 0.002
+    )
 
     subspaces: int = _field("calibrate", "bytes per token and KV head of the demand index", 8, ge=1)
     budgets: tuple[float, ...] = _field(
@@ -96,6 +111,11 @@ class Settings(BaseModel):
                 f"context={self.context} has no room for a cycle after first={self.first} with window={self.window}"
             )
         return self
+
+    @property
+    def shared(self) -> bool:
+        """Whether one set is for all layers."""
+        return self.form == "shared"
 
     @property
     def starts(self) -> range:
@@ -139,7 +159,8 @@ def step_of(name: str) -> str:
 
 def choices_of(name: str) -> tuple[str, ...] | None:
     """The values of a setting that has few."""
-    return get_args(Settings.model_fields[name].annotation) if name in ("dtype", "loss") else None
+    annotation = Settings.model_fields[name].annotation
+    return get_args(annotation) if get_origin(annotation) is Literal else None
 
 
 def resolve_device(device: str) -> str:
@@ -197,6 +218,13 @@ def resolve(out: Path, given: Mapping[str, Any]) -> Settings:
     for name in ("model", "text"):
         if name not in values:
             raise LsaError(f"--out {out} holds no run yet: give --model and --text as well")
+    shared = values.get("form") == "shared"
+    for name in ("layers", "golden_layers"):
+        if name in given and not shared:
+            flag = "--" + name.replace("_", "-")
+            raise LsaError(f"{flag} is of --form shared alone: give that as well, or leave {flag} out")
+    if shared and given.get("damage"):
+        raise LsaError("--damage spreads a budget over layers, and --form shared has one set for all: leave it out")
     _fill(values)
     try:
         return Settings.model_validate(values)
@@ -236,9 +264,15 @@ def _fill(values: dict[str, Any]) -> None:
     default("window", period)
     default("first", max(min(512, values["context"] // 4) // period, 1) * period)
     default("rank", min(shape.heads * shape.head_dim, max(256, 4 * shape.head_dim)))
+    default("golden_layers", max(1, round(shape.layers / 7)))
+    default("layers", min(3, shape.layers))
     default("steps", 480 if gpu else 240)
     default("measure_every", 2 if gpu else 4)
     default("evaluate_budgets", (0.075, 0.135) if gpu else (0.1,))
+    for name in ("layers", "golden_layers"):
+        if values[name] > shape.layers:
+            flag = "--" + name.replace("_", "-")
+            raise LsaError(f"{flag} {values[name]} is more than the {shape.layers} layers of {values['model']}")
     if shape.head_dim % values["subspaces"]:
         raise LsaError(f"--subspaces {values['subspaces']} does not divide the model's head_dim={shape.head_dim}")
 

@@ -1,7 +1,8 @@
 """Trains the query sides of all layers, without the backbone. ``python -m indexer_training.train --out DIR``
 
 Makes train/indexer.safetensors, the weights of a scorer for each layer, and train/recall.json: how much of the next
-window's attention mass the scores capture, per layer. train/state.pt is there to go on from after a kill.
+window's attention mass the scores capture, per layer or by the ensemble of a few (see `ensemble`), and which layers
+are worth it. train/state.pt is there to go on from after a kill.
 """
 
 import json
@@ -16,9 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from indexer_training import ensemble
 from indexer_training.backbone import Shape
 from indexer_training.distributed import Group
-from indexer_training.label import counts_of, forced_of
+from indexer_training.label import Union, counts_of, forced_of
 from indexer_training.masses import Masses, dense
 from indexer_training.settings import Settings
 from indexer_training.workspace import Workspace, progress, write_json, write_tensors
@@ -41,7 +43,7 @@ def untrained(work: Workspace) -> MemoryIndexer:
     with safe_open(path, framework="pt") as file:
         about, inv_freq = json.loads(file.metadata()["rotary"]), file.get_tensor("inv_freq")
     config = IndexerConfig(
-        kind="per_layer",
+        kind=s.form,
         backbone=shape.name,
         layers=tuple(range(shape.layers)),
         hidden_size=shape.heads * shape.head_dim,
@@ -52,9 +54,10 @@ def untrained(work: Workspace) -> MemoryIndexer:
         rope=RopeConfig.model_validate({"style": about["style"], "dims": about["dims"]}),
         input="query",
         attention_scaling=about["scaling"],
-        bias=s.loss != "soft",  # a constant changes no softmax
+        # A constant changes no softmax; an ensemble compares layers, so there `level` sets it.
+        bias=s.shared or s.loss != "soft",
         weights_bias=True,
-        usage=True,
+        usage=not s.shared,  # the paper's score has no usage
         chunk_tokens=s.chunk_tokens,
         period=s.period,
     )
@@ -88,7 +91,8 @@ def initialise(indexer: MemoryIndexer, work: Workspace) -> None:
         scorer.q_norm_weight.fill_(((basis @ second * basis).sum() / count / config.rank).sqrt())
         scorer.weights_proj.weight.zero_()
         assert scorer.weights_bias is not None
-        scorer.weights_bias.fill_(config.head_dim**-0.5)
+        together = 1 if config.kind == "per_layer" else config.kv_heads  # KV heads that one score sums over
+        scorer.weights_bias.fill_(config.head_dim**-0.5 / together)
 
 
 @dataclass
@@ -97,6 +101,9 @@ class Batch:
 
     query [L, S, F] and keys [L, N, Hkv, D] are fp16; counts [S] chunks of the past; positions [S] of the queries, the
     middle of the window that is learned; fixed bool [S, N]: not learned.
+
+    Its methods give every layer's labels [S, G, N] in G sets of scores: those of KV heads, or with `union`, which then
+    stands for all of the four fields after keys, one.
     """
 
     query: torch.Tensor
@@ -108,11 +115,52 @@ class Batch:
     counts: torch.Tensor
     positions: torch.Tensor
     fixed: torch.Tensor
+    union: Union | None = None
 
     def logits(self, scorer: LayerIndexer, layer: int) -> torch.Tensor:
-        """[S, Hkv, N]"""
-        usage = dense(at(self.last, layer), self.counts, self.fixed.shape[1])
-        return scorer.head_logits(self.query[layer], self.keys[layer], self.positions, usage, self.counts)
+        """[S, G, N]"""
+        query, keys = self.query[layer], self.keys[layer]
+        if self.union is not None:
+            keys = keys.squeeze(1) if keys.shape[1] == 1 else keys
+            return scorer(query, keys, self.positions).unsqueeze(1)
+        return scorer.head_logits(query, keys, self.positions, self.usage(layer), self.counts)
+
+    def mass(self, layer: int) -> torch.Tensor:
+        """Of the window to come, fp32 [S, G, N]."""
+        if self.union is not None:
+            return self.union.mass.unsqueeze(1)
+        return dense(at(self.upcoming, layer), self.counts, self.fixed.shape[1])
+
+    def usage(self, layer: int) -> torch.Tensor:
+        """Noted of the period before, fp32 [S, G, N]."""
+        if self.union is not None:
+            return self.union.usage.unsqueeze(1)
+        return dense(at(self.last, layer), self.counts, self.fixed.shape[1])
+
+    def positives(self, layer: int) -> torch.Tensor:
+        """Bool [S, G, N]."""
+        if self.union is not None:
+            return self.union.golden.bool().unsqueeze(1)
+        return self.scatter(self.positive[layer], self.upcoming.chunk[layer])
+
+    def hard_negatives(self, layer: int) -> torch.Tensor:
+        """Bool [S, G, N]."""
+        if self.union is not None:
+            return self.union.hard.bool().unsqueeze(1)
+        return self.scatter(self.hard[layer], self.last.chunk[layer])
+
+    def room(self, settings: Settings) -> torch.Tensor:
+        """Chunks that the budget leaves beside what is always kept and what a period writes, at least 1: [S, 1, 1]."""
+        past = torch.arange(self.fixed.shape[1], device=self.fixed.device) < self.counts.unsqueeze(1)
+        held = (self.fixed & past).sum(1) + settings.period // settings.chunk_tokens
+        return ((settings.budget * self.counts).long() - held).clamp(min=1)[:, None, None]
+
+    def caught(self, score: torch.Tensor, mass: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+        """Sum of the free mass [S, G, N] in the `room` chunks that score best, newer ones behind older equals."""
+        order = score.masked_fill(self.fixed.unsqueeze(1), -math.inf).argsort(dim=-1, descending=True, stable=True)
+        places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+        rank = torch.empty_like(order).scatter_(-1, order, places)
+        return (mass * (rank < room)).sum()
 
     def scatter(self, chosen: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Bool [S, Hkv, N] of flags [S, Hkv, K] for the chunks of an index."""
@@ -140,9 +188,12 @@ class Windows:
     def read(self, window: int) -> dict[str, torch.Tensor]:
         if window in self._kept:
             return self._kept[window]
-        x = load_file(self.work.shard("capture", window)) | load_file(self.work.shard("label", window))
+        x = load_file(self.work.shard("capture", window))
         for name in ("query_moment", "key_sum", "key_sample"):
             del x[name]
+        if self.work.settings.shared:
+            x = {name: x[name] for name in ("query", "keys")}
+        x |= load_file(self.work.shard("label", window))
         x = {name: t.to(self.device) for name, t in x.items()}
         if self.device != "cpu" and torch.cuda.mem_get_info()[0] > 16 << 30:
             self._kept[window] = x
@@ -152,31 +203,28 @@ class Windows:
         """The cycles, integers [S], of a window."""
         x = self.read(window)
         on = cycles.to(self.device)
-        both = [Masses(*(x[f"{kind}_{part}"][:, on] for part in Masses._fields)) for kind in ("next", "last")]
-        return Batch(
-            x["query"][:, on],
-            x["keys"],
-            both[0],
-            both[1],
-            x["positive"][:, on],
-            x["hard"][:, on],
-            self.counts[cycles].to(self.device),
-            self.positions[cycles].to(self.device),
-            self.fixed[cycles].to(self.device),
-        )
+        counts, positions, fixed = (y[cycles].to(self.device) for y in (self.counts, self.positions, self.fixed))
+        query, keys = x["query"][:, on], x["keys"]
+        if self.work.settings.shared:
+            none = torch.empty(0, device=self.device)
+            nothing = Masses(none, none, none)
+            union = Union(*(x[name][on] for name in Union._fields))
+            return Batch(query, keys, nothing, nothing, none, none, counts, positions, fixed, union)
+        upcoming, last = (Masses(*(x[f"{kind}_{p}"][:, on] for p in Masses._fields)) for kind in ("next", "last"))
+        return Batch(query, keys, upcoming, last, x["positive"][:, on], x["hard"][:, on], counts, positions, fixed)
 
 
 def loss_of(logits: torch.Tensor, batch: Batch, layer: int, settings: Settings) -> torch.Tensor:
-    """Sum over cycles and KV heads of the loss of logits [S, Hkv, N]; a scalar."""
+    """Sum over cycles and sets of scores of the loss of logits [S, G, N]; a scalar."""
     fixed = batch.fixed.unsqueeze(1)
-    hard = batch.scatter(batch.hard[layer], batch.last.chunk[layer])
+    hard = batch.hard_negatives(layer)
     if settings.loss == "soft":
-        mass = dense(at(batch.upcoming, layer), batch.counts, logits.shape[-1]).masked_fill(fixed, 0)
+        mass = batch.mass(layer).masked_fill(fixed, 0)
         # A hard negative counts as if there were hard_weight of it. Mass is not normalised: cycles whose attention goes
         # to chunks that are kept anyway matter less.
         weighted = (logits + math.log(settings.hard_weight) * hard).masked_fill(fixed, _MASKED)
         return (mass * (weighted.logsumexp(-1, keepdim=True) - logits)).sum()
-    positive = batch.scatter(batch.positive[layer], batch.upcoming.chunk[layer])
+    positive = batch.positives(layer)
     target = positive.float()
     each = nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
     if settings.loss == "focal":
@@ -217,31 +265,22 @@ def recall(
     caught = torch.zeros(len(kinds) + 1, len(indexer.layers), dtype=torch.float64)
     for window in settings.validation:
         batch = windows.batch(window, torch.arange(len(settings.starts)))
-        fixed, chunks = batch.fixed.unsqueeze(1), batch.fixed.shape[1]
-        places = torch.arange(chunks, device=windows.device)
-        held = (batch.fixed & (places < batch.counts.unsqueeze(1))).sum(1) + settings.period // settings.chunk_tokens
-        room = ((settings.budget * batch.counts).long() - held).clamp(min=1)[:, None, None]
-        found = []
+        room, found = batch.room(settings), []
         for layer in indexer.layers:
-            mass = dense(at(batch.upcoming, layer), batch.counts, chunks).masked_fill(fixed, 0)
-            of_layer = []
-            for kind in kinds:
-                score = _score(kind, indexer, batch, layer, mass).masked_fill(fixed, -math.inf)
-                order = score.argsort(dim=-1, descending=True, stable=True)
-                rank = torch.empty_like(order).scatter_(-1, order, places.expand_as(order))
-                of_layer.append((mass * (rank < room)).sum())
-            found.append(torch.stack([*of_layer, mass.sum()]))
+            mass = batch.mass(layer).masked_fill(batch.fixed.unsqueeze(1), 0)
+            scores = [_score(kind, indexer, batch, layer, mass) for kind in kinds]
+            found.append(torch.stack([*(batch.caught(score, mass, room) for score in scores), mass.sum()]))
         caught += torch.stack(found, 1).double().cpu()
     shares = caught[:-1] / caught[-1].clamp(min=1e-12)
     return {name: [round(float(x), 5) for x in row] for name, row in zip(kinds, shares, strict=True)}
 
 
 def _score(kind: str, indexer: MemoryIndexer, batch: Batch, layer: int, mass: torch.Tensor) -> torch.Tensor:
-    """What one of KINDS ranks chunks by, [S, Hkv, N]; mass: of the window to come."""
+    """What one of KINDS ranks chunks by, [S, G, N]; mass: of the window to come."""
     if kind == "trained":
         return batch.logits(indexer.layer(layer), layer)
     if kind == "usage":
-        return dense(at(batch.last, layer), batch.counts, mass.shape[-1])
+        return batch.usage(layer)
     return mass if kind == "oracle" else torch.arange(mass.shape[-1], device=mass.device).float().expand_as(mass)
 
 
@@ -267,6 +306,10 @@ class Best:
 def train(indexer: MemoryIndexer, work: Workspace, windows: Windows, group: Group) -> dict[str, Any]:
     """All optimiser steps, from the last saved state on. Then the leader has the best weights of each layer."""
     s = work.settings
+    for layer in indexer.layers if s.loss == "soft" else ():
+        bias = indexer.layer(layer).bias
+        if bias is not None:
+            bias.requires_grad_(False)  # its gradient is rounding, which the optimiser would blow up
     parameters = [p for p in indexer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=s.learning_rate, weight_decay=0.0, eps=1e-7, foreach=True)
     path = work.folder("train") / "state.pt"
@@ -308,6 +351,8 @@ def train(indexer: MemoryIndexer, work: Workspace, windows: Windows, group: Grou
             os.replace(unfinished, path)
     if group.leads:
         indexer.load_state_dict(best.weights)
+        if s.shared and s.loss == "soft":
+            ensemble.level(indexer, windows)
     values = [float(x) for x in losses]
     some = max(1, len(values) // 10)
     return {"loss_first": sum(values[:some]) / some, "loss_last": sum(values[-some:]) / some} if values else {}
@@ -340,11 +385,17 @@ def run(work: Workspace, group: Group) -> dict[str, Any]:
         indexer.to(device)
     if group.leads:
         found = recall(indexer, windows, s)
-        layers = choose_layers(found, s.min_gain)
-        write_json(folder / "recall.json", {"budget": s.budget, "layers": layers, "recall": found})
+        if s.shared:
+            choice = ensemble.choose(indexer, windows, found)
+        else:
+            layers = choose_layers(found, s.min_gain)
+            gains = [round(found["trained"][i] - found["usage"][i], 5) for i in layers]
+            choice = {"layers": layers, "gains": gains, "recall": found}
+        write_json(folder / "recall.json", {"budget": s.budget, **choice})
         (folder / "state.pt").unlink(missing_ok=True)
-        mean = {name: round(sum(x) / len(x), 4) for name, x in found.items()}
-        facts |= {"recall": mean, "layers": len(layers), "parameters": sum(p.numel() for p in indexer.parameters())}
+        mean = {name: round(sum(x) / len(x), 4) for name, x in choice["recall"].items()}
+        parameters = sum(p.numel() for p in indexer.parameters())
+        facts |= {"recall": mean, "layers": len(choice["layers"]), "parameters": parameters}
         return facts
     return {}
 

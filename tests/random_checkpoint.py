@@ -1,6 +1,7 @@
 """A checkpoint with random weights: the machinery of a trained one, without its knowledge."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -24,13 +25,18 @@ def tables(layers: int, kv_heads: int, dim: int, subspaces: int) -> ProductTable
 def write(
     folder: Path, layers: int, q_heads: int, kv_heads: int, dim: int, chunk: int, period: int = 16,
     scorers: tuple[int, ...] | None = None, weights: tuple[float, ...] | None = None,
+    ensemble: Literal["or", "mean"] | None = None,
 ) -> Path:  # fmt: skip
-    """A checkpoint folder for a backbone of these sizes. scorers: layers that have one, all by default."""
+    """A checkpoint folder for a backbone of these sizes. scorers: layers that have one, all by default.
+
+    ensemble: how they combine, for one set for all layers; None for sets per layer.
+    """
     torch.manual_seed(0)
     config = IndexerConfig(
-        kind="per_layer", backbone="random", layers=scorers or tuple(range(layers)), hidden_size=q_heads * dim,
+        kind="shared" if ensemble else "per_layer", ensemble=ensemble or "or", backbone="random",
+        layers=scorers or tuple(range(layers)), hidden_size=q_heads * dim,
         heads=q_heads, kv_heads=kv_heads, head_dim=dim, rank=8, rope=RopeConfig(style="halves", dims=dim),
-        input="query", usage=True, chunk_tokens=chunk, period=period, layer_weights=weights,
+        input="query", usage=ensemble is None, chunk_tokens=chunk, period=period, layer_weights=weights,
         demand_index={"kind": "product", "subspaces": 4, "file": "product.safetensors"},
     )  # fmt: skip
     MemoryIndexer(config, inverse_frequencies(dim, 10000.0)).save(folder)

@@ -16,7 +16,7 @@ from tests import random_checkpoint
 from tests.paths import DOCUMENT, MODEL
 from vllm_lsa import cli
 from vllm_lsa.errors import LsaError
-from vllm_lsa.evaluation import report
+from vllm_lsa.evaluation import offline, report
 from vllm_lsa.evaluation.indexes import Exact, FourBit, KeyIndex, MeanKey, Product, Quest
 from vllm_lsa.evaluation.methods import at_total, make_rules, resident_share
 from vllm_lsa.evaluation.offline import SparseModel, kl
@@ -28,7 +28,7 @@ from vllm_lsa.indexer.four_bit import FourBitIndex
 from vllm_lsa.indexer.mean_key import MeanKeyIndex
 from vllm_lsa.indexer.min_max import MinMaxIndex
 from vllm_lsa.indexer.product import ProductIndex, ProductTables
-from vllm_lsa.indexer.rotary import RopeConfig, inverse_frequencies
+from vllm_lsa.indexer.rotary import RopeConfig, inverse_frequencies, rotate
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -389,16 +389,18 @@ def make_indexer(**changes: Any) -> MemoryIndexer:
     return MemoryIndexer(config, inverse_frequencies(16, 10000.0)).requires_grad_(False)
 
 
+SHARED = {"kind": "shared", "usage": False, "ensemble": "mean"}
+
+
 @pytest.mark.parametrize(
-    "changes", [{}, {"usage": False}, {"input": "hidden", "hidden_size": 48}, {"layers": (1,)}, {"kind": "shared"}]
+    "changes",
+    [{}, {"usage": False}, {"input": "hidden", "hidden_size": 48}, {"layers": (1,)}, SHARED, SHARED | {"layers": (1,)}],
 )
 def test_trained_lookahead_and_recall(model: SparseModel, changes: dict[str, Any]) -> None:
     indexer, tokens = make_indexer(**changes), some_tokens(512)
     past = model.prefill(tokens, hidden=True)
     starts = torch.tensor([256, 384, 448])
     sets: Any = "shared" if "kind" in changes else "per_head"
-    if sets == "shared":
-        sets = "per_layer"
     product = Product(product_tables(2, 2, 16, 4))
     base = {"chunk_tokens": 8, "recency_tokens": 16, "budget": 0.4, "sets": sets}
     for demand in (None, product):
@@ -412,6 +414,32 @@ def test_trained_lookahead_and_recall(model: SparseModel, changes: dict[str, Any
             assert 0 <= mass <= best + 1e-6 <= 1 + 2e-6 and 0 <= chunks <= 1
     # Newest is known without a model: what the oracle catches is at least as much.
     assert found["trained"]["at_stake"] == pytest.approx(found["newest"]["at_stake"], rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["or", "mean"])
+def test_shared_form_starts_from_the_scores_that_are_served(
+    model: SparseModel, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    indexer, tokens = make_indexer(**{**SHARED, "ensemble": mode}), some_tokens(512)
+    past, starts, seen = model.prefill(tokens), torch.tensor([256, 448]), []
+
+    def noted(scores: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(scores)
+        return start_set(scores, *rest)
+
+    monkeypatch.setattr(offline, "start_set", noted)
+    rule = SelectionRule(chunk_tokens=8, recency_tokens=16, budget=0.4, sets="shared", lookahead=indexer)
+    model.decode_blocks(past, blocks_of(tokens, starts), starts, rule)
+    assert len(seen) == 2 and all(torch.equal(scores, seen[0]) for scores in seen)
+    for block, start in enumerate(starts.tolist()):
+        last, each = torch.tensor([start - 1]), []
+        for layer in (0, 1):
+            query = past.queries[layer][0, :, start - 1 - past.queries_from]
+            query = rotate(query[None], last, indexer.layer(layer).inv_freq, indexer.config.rope, inverse=True)
+            keys = past.keys[layer][0, :, :start].unflatten(1, (-1, 8)).mean(2).transpose(0, 1)
+            each.append(indexer.logits(layer, query.flatten(1), keys, last + 33)[0].sigmoid())
+        want = torch.stack(each).amax(0) if mode == "or" else torch.stack(each).mean(0)
+        torch.testing.assert_close(seen[0][0, 0, block, : start // 8], want, atol=1e-5, rtol=1e-4)
 
 
 # -- the suite and the command ----------------------------------------------------------------------------------------

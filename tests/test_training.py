@@ -20,16 +20,19 @@ from safetensors.torch import load_file
 from indexer_training import masses, train
 from indexer_training.backbone import Rotary, unsuited
 from indexer_training.capture import Recorder
+from indexer_training.cli import _steps as steps_of_run
 from indexer_training.data import is_synthetic
 from indexer_training.distributed import Group
 from indexer_training.label import counts_of, forced_of, labels
 from indexer_training.product import fit_layer
-from indexer_training.settings import STEPS, Settings, resolve
+from indexer_training.settings import STEPS, Settings, resolve, write_settings
 from indexer_training.train import Batch, choose_layers, loss_of
 from indexer_training.workspace import Workspace, write_json, write_tensors
-from tests import tiny_models
+from tests import test_engine, tiny_models
 from tests.paths import MODEL, ROOT
+from tests.test_ensemble import compare_lanes
 from vllm_lsa import cli
+from vllm_lsa.config import LsaConfig
 from vllm_lsa.errors import LsaError
 from vllm_lsa.indexer import IndexerConfig, LayerIndexer, MemoryIndexer
 from vllm_lsa.indexer.checkpoint import fingerprint_of
@@ -197,6 +200,82 @@ def test_training_without_the_backbone(runs: Path, tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "indexer_training.export", "--out", str(out)]
     done = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, timeout=100)
     assert done.returncode == 2 and b"export needs what calibrate makes" in done.stderr
+
+
+SHARED: dict[str, Any] = {"form": "shared", "min_gain": -1.0}  # so that both layers are taken
+
+
+def as_shared(runs: Path, name: str) -> Path:
+    """A run that has captured what `whole` has, and labelled nothing yet."""
+    out = runs / name
+    shutil.copytree(runs / "whole", out)
+    for step in STEPS[2:]:
+        shutil.rmtree(out / "work" / step)
+    for result in RESULTS:
+        (out / result).unlink()
+    return out
+
+
+def go_on(out: Path, given: dict[str, Any]) -> None:
+    """Run what is left, here: a new process would take seconds to start."""
+    settings = resolve(out, given)
+    write_settings(out, settings)
+    assert steps_of_run(STEPS, out, settings) == 0
+
+
+@pytest.fixture(scope="module")
+def shared(runs: Path) -> Path:
+    out = as_shared(runs, "shared")
+    go_on(out, SHARED)
+    return out
+
+
+def test_shared_form(
+    shared: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From labels to serving: its checkpoint loads, is shown, and gives the engine one set for all layers."""
+    indexer = MemoryIndexer.load(shared)
+    config = indexer.config
+    indexer.require_backbone(fingerprint_of(model))
+    about = json.loads((shared / "work/train/recall.json").read_text())
+    assert (config.kind, list(config.layers), config.ensemble) == ("shared", about["layers"], about["ensemble"])
+    assert config.layers == (0, 1) and config.bias and not config.usage and config.layer_weights is None
+    assert list(config.layer_gains or ()) == about["gains"]
+    assert about["recall"]["usage"][0] + sum(about["gains"]) == pytest.approx(about["recall"]["trained"][0], abs=1e-4)
+    assert about["recall"]["trained"][0] <= about["recall"]["oracle"][0]
+    assert list(config.thresholds) == ["0.05", "0.075", "0.1", "0.135", "0.16", "0.2"] and not config.budget_shares
+    values = [x for (x,) in config.thresholds.values()]
+    assert values == sorted(values, reverse=True) and all(0 <= x <= 1 for x in values)
+    assert {"dense", "trained, 40.0% + index 12.5%", "recall, trained, 40.0%"} <= config.metrics.keys()
+    assert cli.main(["inspect", str(shared)]) == 0
+    shown = capsys.readouterr().out
+    assert f"shared: one resident set, {config.ensemble} over layers" in shown and "demand index  product" in shown
+
+    monkeypatch.setattr(test_engine, "LAYERS", LAYERS)
+    monkeypatch.setattr(test_engine, "HQ", HEADS)
+    given = {"indexer": str(shared), "demand": "off", "budget": 0.3, "period": 16, "check": "poison"}
+    settings = LsaConfig.parse({"lsa": {**given, "recency_tokens": 16}})
+    assert (settings.sets, settings.mode, settings.chunk_tokens) == ("shared", config.ensemble, 8)
+    simulation = test_engine.Simulation(settings, slots=LAYERS * 45)
+    same = compare_lanes(simulation)
+    test_engine.run(simulation, 80)
+    assert simulation.sparse_decodes > 100 and same and all(same)
+    simulation.leak_check()
+
+
+def test_shared_form_killed_and_resumed(runs: Path, shared: Path) -> None:
+    out, log = as_shared(runs, "shared_killed"), runs / "shared_killed.log"
+    words = (word for name, value in SHARED.items() for word in ("--" + name.replace("_", "-"), str(value)))
+    killed = start(["train", "--out", str(out), *words], log)
+    while not (out / "work/train/state.pt").exists():
+        assert killed.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.001)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (out / "work/train/done.json").exists()
+    go_on(out, {})
+    for name in (*RESULTS, "work/train/indexer.safetensors", "work/train/recall.json"):
+        assert (out / name).read_bytes() == (shared / name).read_bytes(), name
 
 
 def test_captured_queries(runs: Path, model: Path) -> None:
@@ -517,7 +596,12 @@ def test_refusals(runs: Path, model: Path, text: Path, tmp_path: Path, capsys: p
     assert "--device tpu" in refused(command(new, model, text, device="tpu"))
     assert "not empty and holds no run" in refused(command(tmp_path / "other", model, text))
     assert "give --model and --text" in refused(["train", "--out", str(new)])
-    assert "--context 512, not 256" in refused(["train", "--out", str(runs / "whole"), "--context", "256"])
+    assert "--layers is of --form shared alone" in refused(command(new, model, text, layers=2))
+    assert "has one set for all: leave it out" in refused([*command(new, model, text, form="shared"), "--damage"])
+    assert "--layers 3 is more than the 2 layers" in refused(command(new, model, text, form="shared", layers=3))
+    whole = ["train", "--out", str(runs / "whole")]
+    assert "--form per_layer, not shared" in refused([*whole, "--form", "shared"])
+    assert "--context 512, not 256" in refused([*whole, "--context", "256"])
     assert not new.exists()
     for name, reason in (
         ("mistral_window", "sliding window"), ("gemma2_softcap", "caps attention logits"), ("gpt_oss_sinks", "sinks"),

@@ -53,7 +53,7 @@ class LsaConfig(BaseModel):
         "mean_key",
         description="What scores the chunks of a request: mean_key, quest, usage, recency, random or keep_all; or a "
         "trained checkpoint, by its folder or the name of a shipped one, which also changes the defaults of "
-        "chunk_tokens, recency_tokens and demand to those that it was trained for.",
+        "chunk_tokens, recency_tokens and demand, and of sets and mode, to those that it was trained for.",
     )
     lookahead: Literal["indexer", "usage", "recency"] = Field(
         "indexer",
@@ -115,6 +115,8 @@ class LsaConfig(BaseModel):
         defaults: dict[str, Any] = {"chunk_tokens": trained.chunk_tokens, "period": trained.period}
         if trained.demand_index is not None:
             defaults |= {"demand": "product", "recency_tokens": DEMAND_RECENCY}
+        if trained.kind == "shared" and self.lookahead == "indexer":
+            defaults |= {"sets": "shared", "mode": trained.ensemble}
         unset = {name: value for name, value in defaults.items() if name not in self.model_fields_set}
         return self.model_copy(update=unset)
 
@@ -124,6 +126,7 @@ class LsaConfig(BaseModel):
                 f"lsa.lookahead={self.lookahead!r} needs a checkpoint as lsa.indexer, which is {self.indexer!r}: "
                 f"set lsa.indexer to {self.lookahead!r} instead"
             )
+        self._check_shared()
         if self.lead >= self.period:
             raise LsaError(f"lsa.lead={self.lead} is not below lsa.period={self.period}: lower lead or raise period")
         if self.device_pool_gib is not None and self.device_pool_fraction is not None:
@@ -136,6 +139,21 @@ class LsaConfig(BaseModel):
             if value % self.chunk_tokens:
                 raise LsaError(
                     f"lsa.{key}={value} is not a multiple of lsa.chunk_tokens={self.chunk_tokens}: round it up"
+                )
+
+    def _check_shared(self) -> None:
+        """A checkpoint of the shared form chooses as its layers were chosen, or not at all."""
+        folder = find(self.indexer)
+        if folder is None or self.lookahead != "indexer":
+            return
+        trained = IndexerConfig.read(folder / CONFIG)
+        if trained.kind != "shared":
+            return
+        for key, value in (("sets", "shared"), ("mode", trained.ensemble)):
+            if getattr(self, key) != value:
+                raise LsaError(
+                    f"lsa.{key}={getattr(self, key)!r} contradicts lsa.indexer={self.indexer!r}, which was trained for "
+                    f"one set for all layers, with {key}={value!r}: leave lsa.{key} out"
                 )
 
     @property

@@ -51,6 +51,8 @@ def make_rules(names: Sequence[str], trained: Trained | None, settings: dict[str
         keys = MeanKey() if trained.tables is None else index
         lookahead = {"lookahead": trained.indexer, "lookahead_keys": keys, "chunk_tokens": config.chunk_tokens}
         lookahead |= {"period": config.period, "layer_weights": config.layer_weights}
+        if config.kind == "shared":
+            lookahead |= {"sets": "shared"}
     elif "lookahead" in names:
         raise LsaError("--methods lookahead needs a trained indexer: give --indexer, or leave it out")
     own: dict[str, dict[str, Any]] = {

@@ -676,7 +676,7 @@ class _Block:
         return keys.unflatten(2, (-1, self.chunk)).mean(3)
 
     def _trained(self, layer: int, indexer: MemoryIndexer, scale: float) -> torch.Tensor:
-        """Shares that a trained scorer expects, [P, 1 or Hkv, r, N]."""
+        """Shares that a trained scorer expects, [P, 1 or Hkv, r, N]; of the shared form its logits."""
         assert self.rule is not None
         config, scorer = indexer.config, indexer.layer(layer)
         per_head = self.rule.sets == "per_head" or config.usage
@@ -699,7 +699,8 @@ class _Block:
             else:
                 of_heads = keys[prompt] if config.kv_heads > 1 else keys[prompt].mean(1)
                 logits = indexer.logits(layer, x, of_heads, middle).unsqueeze(0)
-            out.append(logits.masked_fill(~self.valid[prompt], -torch.inf).softmax(-1))
+            logits = logits.masked_fill(~self.valid[prompt], -torch.inf)
+            out.append(logits if config.kind == "shared" else logits.softmax(-1))
         return self._lanes(torch.stack(out)) if per_head else torch.stack(out)
 
     def _random(self, layer: int, place: torch.Tensor) -> torch.Tensor:
@@ -721,6 +722,10 @@ class _Block:
             mode = "or"
             if isinstance(rule.lookahead, MemoryIndexer):
                 layers, mode = rule.lookahead.layers, rule.lookahead.config.ensemble
+                if rule.lookahead.config.kind == "shared":
+                    logits = {layer: self._expected(layer, None, scale) for layer in layers}
+                    self.shared = rule.lookahead.ensemble(logits)
+                    return self.shared
             votes = torch.stack([self._expected(layer, None, scale) for layer in layers])
             self.shared = votes.amax(0) if mode == "or" else votes.mean(0)
         return self.shared

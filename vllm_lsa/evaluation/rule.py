@@ -112,6 +112,8 @@ class SelectionRule:
         named = not isinstance(self.lookahead, str) or self.lookahead in LOOKAHEADS
         need(named, "lookahead", f"is not known: use one of {', '.join(LOOKAHEADS)}, or a trained indexer")
         need(not (self.sets == "shared" and self.lookahead == "oracle"), "lookahead", "has no form for shared sets")
+        one = isinstance(self.lookahead, MemoryIndexer) and self.lookahead.config.kind == "shared"
+        need(self.sets == "shared" or not one, "sets", "contradicts the indexer, which has one set for all: use shared")
         need(self.layer_weights is None or min(self.layer_weights) >= 0, "layer_weights", "has a negative value")
 
     @property

@@ -89,7 +89,8 @@ class IndexerConfig(BaseModel):
     )
     layer_gains: tuple[float, ...] | None = Field(
         default=None,
-        description="Per layer the measured gain over usage alone, in share of the next window's attention mass.",
+        description="Per layer the measured gain over usage alone, in share of the next window's attention mass; with "
+        "shared sets what it added to the ensemble, and the first one taken to usage.",
     )
     demand_index: DemandIndex | None = Field(default=None, description="Index for demand that comes with it.")
     ensemble: Literal["or", "mean"] = Field(
@@ -119,6 +120,9 @@ class IndexerConfig(BaseModel):
         if self.layer_gains is not None and len(self.layer_gains) != len(self.layers):
             raise ValueError(f"layer_gains has {len(self.layer_gains)} values for {len(self.layers)} layers")
         weights = self.layer_weights
+        if self.kind == "shared" and (self.usage or weights is not None):
+            name = "usage" if self.usage else "layer_weights"
+            raise ValueError(f"{name} is for sets of layers or heads, and kind='shared' has one set for all")
         if weights is not None and (len(weights) <= self.layers[-1] or min(weights) < 0):
             raise ValueError(f"layer_weights has {len(weights)} values, which must be 0 or more for every layer")
         return self

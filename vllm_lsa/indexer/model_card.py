@@ -7,6 +7,7 @@ from typing import Any
 from vllm_lsa.indexer.indexer_config import IndexerConfig
 
 Table = list[list[str]]
+_COMBINED = {"or": "; the maximum of their scores counts", "mean": "; the mean of their scores counts"}
 
 
 def evaluation_table(metrics: Mapping[str, Any]) -> Table:
@@ -52,7 +53,7 @@ def model_card(config: IndexerConfig) -> str:
         "    from vllm_lsa.indexer import MemoryIndexer",
         "    indexer = MemoryIndexer.load(FOLDER)",
         "",
-        f"- Layers: {', '.join(map(str, config.layers))}",
+        f"- Layers: {', '.join(map(str, config.layers))}{'' if per_layer else _COMBINED[config.ensemble]}",
         f"- Input: {config.input}, {config.hidden_size} values; rank {config.rank}; {config.heads} heads of "
         f"{config.head_dim}; keys: {config.keys}, {config.kv_heads} per chunk",
         f"- Fingerprint of the model: {config.backbone_fingerprint or 'not known'}",

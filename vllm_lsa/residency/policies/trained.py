@@ -14,6 +14,7 @@ class TrainedPolicy(LookaheadPolicy):
     """Score: the share of attention mass that the indexer expects of a chunk over the next cycle.
 
     Each KV head's shares are a softmax over the chunks. Layers for which training kept no scorer go by their usage.
+    A checkpoint for one set for all layers scores by its ensemble instead, the same for every lane (lsa.md §3).
     """
 
     name = "trained"
@@ -30,20 +31,30 @@ class TrainedPolicy(LookaheadPolicy):
         self._rest = UsagePolicy(chunk_tokens, head_dim, dtype)
 
     def score(self, x: ScoreInput) -> torch.Tensor:
-        assert x.query is not None and x.cells is not None
+        if self._indexer.config.kind == "shared":
+            logits = {}
+            for layer in self._indexer.layers:
+                query, keys, position = self._input(x, layer)
+                logits[layer] = self._indexer.logits(layer, query, keys, position)
+            return self._indexer.ensemble(logits).repeat(x.num_lanes, 1)
         scores = self._rest.score(x).unflatten(0, (x.num_layers, x.layer_lanes))
         usage = None if x.usage is None else x.usage.unflatten(0, (x.num_layers, x.layer_lanes))
-        last = torch.tensor([x.position - 1], device=x.device)
         counts = None if usage is None else torch.tensor([x.num_chunks], device=x.device)
         for layer in self._indexer.layers:
-            scorer = self._indexer.layer(layer)
-            config = scorer.config
-            query = x.query[layer][None].float() / config.attention_scaling
-            query = rotate(query, last, scorer.inv_freq, config.rope, inverse=True).flatten(1)
-            keys = self.index.mean_keys(x.cells[layer, : x.num_chunks], layer)
-            seen = None if usage is None else usage[layer].expand(config.kv_heads, -1)[None]
-            # Aimed at the middle of the cycle.
-            logits = scorer.head_logits(query, keys, last + 1 + config.period // 2, seen, counts)
-            shares = logits[0].softmax(-1).unflatten(0, (x.layer_lanes, -1))
+            query, keys, position = self._input(x, layer)
+            seen = None if usage is None else usage[layer].expand(self._indexer.config.kv_heads, -1)[None]
+            head_logits = self._indexer.layer(layer).head_logits(query, keys, position, seen, counts)
+            shares = head_logits[0].softmax(-1).unflatten(0, (x.layer_lanes, -1))
             scores[layer] = shares.amax(1) if x.mode == "or" else shares.mean(1)
         return scores.flatten(0, 1)
+
+    def _input(self, x: ScoreInput, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of a scorer: query without RoPE [1, Hq · D], mean keys [N, Hkv, D] ([N, D] of one head), position [1]."""
+        assert x.query is not None and x.cells is not None
+        scorer, config = self._indexer.layer(layer), self._indexer.config
+        last = torch.tensor([x.position - 1], device=x.device)
+        query = x.query[layer][None].float() / config.attention_scaling
+        query = rotate(query, last, scorer.inv_freq, config.rope, inverse=True).flatten(1)
+        keys = self.index.mean_keys(x.cells[layer, : x.num_chunks], layer)
+        # Aimed at the middle of the cycle.
+        return query, keys.squeeze(1) if config.kv_heads == 1 else keys, last + 1 + config.period // 2
