@@ -24,12 +24,12 @@ class Simulation:
         torch.manual_seed(seed)
         geometry = KVGeometry(LAYERS, HQ, HKV, DIM, torch.float32, BLOCK, CHUNK, config.layer_lanes(HKV))
         self.config = config
-        self.engine = LsaEngine(config, geometry, SCALE, slots, 32, DEVICE)
+        self.engine = self.make_engine(geometry, slots)
         cell = self.engine.layout.cell_bytes
         # Content may be anything before it is written: vLLM does not clear index cells.
         cells = [torch.randint(0, 256, (blocks, HKV, BLOCK // CHUNK, cell), dtype=torch.uint8) for _ in range(LAYERS)]
         self.engine.attach(blocks, [cell.to(DEVICE) for cell in cells])
-        self.engine.attention.tracer = self.trace
+        self.watch()
         self.free = list(range(1, blocks))
         self.live: dict[str, dict] = {}
         self.waiting: dict[str, dict] = {}
@@ -39,6 +39,16 @@ class Simulation:
         self.names = 0
         self.sparse_decodes = 0
         self.decodes = 0
+
+    def make_engine(self, geometry: KVGeometry, slots: int) -> LsaEngine:
+        return LsaEngine(self.config, geometry, SCALE, slots, 32, DEVICE)
+
+    def watch(self) -> None:
+        self.engine.attention.tracer = self.trace
+
+    def caps(self, plan) -> dict[str, np.ndarray]:
+        """Most chunks of each lane, for the rows on a budget."""
+        return {d.request.id: d.caps for d in plan.decodes if d.caps is not None}
 
     def trace(self, lane, request, chunks):
         assert len(set(chunks.tolist())) == len(chunks)
@@ -107,7 +117,7 @@ class Simulation:
         order = list(scheduled)
         self.rng.shuffle(order)
         plan = self.engine.plan([(name, scheduled[name]) for name in order])
-        sparse = {d.request.id: d.caps for d in plan.decodes if d.caps is not None}
+        sparse = self.caps(plan)
         for layer in range(LAYERS):
             self.traced.clear()
             q = torch.randn(sum(scheduled.values()), HQ, DIM)
@@ -150,6 +160,9 @@ class Simulation:
     def leak_check(self) -> None:
         self.step({}, abort=list(self.live))
         assert self.engine.pool.num_pinned == 0 and not self.engine.mirror.requests
+        self.check_rows()
+
+    def check_rows(self) -> None:
         assert len(self.engine.lookahead._free_rows) == 32
 
 
@@ -237,7 +250,7 @@ def test_a_trained_checkpoint_serves_scores_index_and_shares_of_the_budget(tmp_p
     run(simulation, 100)
     assert simulation.sparse_decodes > 100
     assert (simulation.engine.attention.chunks_demanded > 0) == (demand != "off")
-    caps = simulation.engine.lookahead._caps(400).reshape(LAYERS, -1)
+    caps = simulation.engine.lookahead._shares.caps(400).reshape(LAYERS, -1)
     assert (caps[0] < caps[2]).all() and (caps[2] < caps[1]).all() and caps.mean() <= 0.3 * 400
     simulation.leak_check()
 

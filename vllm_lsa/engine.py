@@ -47,7 +47,9 @@ def index_layout(
 
 
 class LsaEngine:
-    """The device pool from the start, the host store once `attach` says how many blocks there are.
+    """LSA with all decisions made on the host: serves a CPU, and a CUDA device slowly (see `device.engine`).
+
+    The device pool from the start, the host store once `attach` says how many blocks there are.
 
     A step is `open_step` (what the scheduler decided), `plan` (the rows of the batch), `attend` for each layer, and
     `close_step`.
@@ -78,8 +80,7 @@ class LsaEngine:
         self._demand = make_demand(config.demand, *kind, trained)
         self._layer_weights = None if trained is None else trained.config.layer_weights
         self.layout = index_layout(config, *kind, device)
-        staging = STAGING_TOKENS // geometry.chunk_tokens * geometry.layer_lanes
-        self.pool = SlotPool(geometry, num_slots, staging, device, self._poison)
+        self.pool = SlotPool(geometry, num_slots, self._staging_pages(), device, self._poison)
         self._queries = torch.zeros(
             max_requests,
             geometry.num_layers,
@@ -90,15 +91,17 @@ class LsaEngine:
         )
         self.store: HostStore | None = None
 
+    def _staging_pages(self) -> int:
+        """Pages beside the pool's slots, for what passes through."""
+        return STAGING_TOKENS // self.geometry.chunk_tokens * self.geometry.layer_lanes
+
     def attach(self, num_blocks: int, cells: Sequence[torch.Tensor]) -> None:
         """Allocate the host store for `num_blocks` blocks and take over the index cells of every layer.
 
         cells: one tensor a layer, uint8 [num_blocks, Hkv, chunks_per_block, cell_bytes].
         """
-        self.store = HostStore(self.geometry, num_blocks, pin=self._device.type == "cuda")
-        if self._poison:
-            self.store.pages.fill_(float("nan"))
-        self.pool.bind(self.store.num_pages)
+        self._attach_store(num_blocks)
+        assert self.store is not None
         self.transfers: Transfers = make_transfers(self.store, self.pool)
         self.attention = LayerAttention(
             self.geometry,
@@ -115,7 +118,7 @@ class LsaEngine:
             ),
             self._queries,
         )
-        self.attention.cells = list(cells)
+        self._cells = self.attention.cells = list(cells)
         self.lookahead = LookaheadScheduler(
             self.config,
             self.geometry,
@@ -127,11 +130,17 @@ class LsaEngine:
         )
         self.close_step()  # pool and store have their sizes on /metrics before the first request
 
+    def _attach_store(self, num_blocks: int) -> None:
+        self.store = HostStore(self.geometry, num_blocks, pin=self._device.type == "cuda")
+        if self._poison:
+            self.store.pages.fill_(float("nan"))
+        self.pool.bind(self.store.num_pages)
+
     def open_step(self, update: StepUpdate) -> None:
         """Apply what the scheduler decided, before any work of the step."""
         assert self.store is not None
         for request in self.mirror.leave(update):
-            self.lookahead.leave(request)
+            self._leave(request)
         for name in update.finished:
             self._prompts.pop(name, None)
         self._prompts.update((new.id, new.num_prompt) for new in update.new)
@@ -139,10 +148,18 @@ class LsaEngine:
         targets = np.array([target for _, target in update.block_copies], np.int32)
         changed = np.union1d(fresh, targets)
         self.pool.invalidate(self.store.block_pages(changed))
+        if (self._poison and len(changed)) or update.block_copies:
+            self._quiesce()
         if self._poison and len(changed):
             self.store.poison(changed)
         for source, target in update.block_copies:
             self.store.copy_block(source, target)
+
+    def _leave(self, request: Request) -> None:
+        self.lookahead.leave(request)
+
+    def _quiesce(self) -> None:
+        """Wait until nothing writes to the host store but the host."""
 
     def plan(self, rows: Sequence[tuple[str, int]]) -> StepPlan:
         """Decide the resident sets of a step and lay it out. rows: (request id, tokens) in the order of the batch."""
@@ -169,16 +186,17 @@ class LsaEngine:
         cell = geometry.num_layers * geometry.num_kv_heads * self.layout.cell_bytes
         return (
             chunks * geometry.num_lanes * geometry.page_bytes,
-            self.lookahead.num_resident * geometry.page_bytes,
+            self._num_resident() * geometry.page_bytes,
             chunks * cell,
         )
+
+    def _num_resident(self) -> int:
+        return self.lookahead.num_resident
 
     def close_step(self) -> None:
         """Publish the metrics."""
         if self._metrics is None or self.store is None:
             return
-        counts, transfers = self.lookahead.counts, self.transfers.counts
-        requests = self.mirror.requests.values()
         total, resident, index = self.footprint()
         values = {
             "kv_bytes_total": total,
@@ -187,8 +205,18 @@ class LsaEngine:
             "pool_slots": self.pool.num_slots,
             "slots_used": self.pool.num_pinned,
             "slots_cached": self.pool.num_cached,
-            "live_requests": len(requests),
+            "live_requests": len(self.mirror.requests),
             "host_blocks": self.store.num_blocks,
+            "evictions": self.pool.evictions,
+            **self._counted(),
+        }
+        for name, value in values.items():
+            self._metrics.set(name, value)
+
+    def _counted(self) -> dict[str, float]:
+        """Metrics that only grow, less the pool's."""
+        counts, transfers = self.lookahead.counts, self.transfers.counts
+        return {
             "chunks_selected": counts.chunks_selected,
             "chunks_demanded": self.attention.chunks_demanded,
             "chunks_missed": counts.chunks_missed + self.attention.chunks_missed,
@@ -198,10 +226,7 @@ class LsaEngine:
             "fetch_seconds": transfers.fetch_seconds,
             "stall_seconds": transfers.stall_seconds,
             "cycles": counts.cycles,
-            "evictions": self.pool.evictions,
         }
-        for name, value in values.items():
-            self._metrics.set(name, value)
 
     def close(self) -> None:
         """End helper threads and withdraw the metrics."""
@@ -213,18 +238,32 @@ class LsaEngine:
     def _select(
         self, request: Request, row: int, num_chunks: int, budget_chunks: np.ndarray, cycle: int, usage: Usage | None
     ) -> np.ndarray:
+        noted = None if usage is None else torch.from_numpy(usage.of(num_chunks)).to(self._device)
+        return self._choose(request, row, num_chunks, budget_chunks, cycle, noted).cpu().numpy()
+
+    def _choose(
+        self,
+        request: Request,
+        row: int,
+        num_chunks: int,
+        budget_chunks: np.ndarray,
+        cycle: int,
+        usage: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The full chunks to keep, bool [lanes, num_chunks] on the device. row: of the buffer of last queries.
+        budget_chunks: int64 [lanes]. usage: fp32 [lanes, num_chunks], None without demand."""
         config, policy = self.config, self._policy
         cells = query = None
         if policy.index is not None:
-            blocks = torch.from_numpy(request.blocks.astype(np.int64)).to(self._device)
-            of_layers = [self.layout.part(cells, policy.index) for cells in self.attention.cells]
+            blocks = torch.from_numpy(request.blocks.astype(np.int64)).to(self._device, non_blocking=True)
+            of_layers = [self.layout.part(cells, policy.index) for cells in self._cells]
             cells = torch.stack([gather_cells(part, blocks, num_chunks) for part in of_layers])
             query = self._queries[row]
         scores = policy.score(
             ScoreInput(
                 query=query,
                 cells=cells,
-                usage=None if usage is None else torch.from_numpy(usage.of(num_chunks)).to(self._device),
+                usage=usage,
                 num_chunks=num_chunks,
                 num_layers=self.geometry.num_layers,
                 layer_lanes=self.geometry.layer_lanes,
@@ -236,13 +275,12 @@ class LsaEngine:
                 device=self._device,
             )
         )
-        mask = select(
+        return select(
             scores,
-            budget_chunks=torch.from_numpy(budget_chunks),
+            budget_chunks=torch.from_numpy(budget_chunks).to(self._device, non_blocking=True),
             threshold=config.threshold,
             sink_chunks=config.sink_chunks,
             recency_chunks=config.recency_chunks,
             shared=config.sets == "shared",
             mode=config.mode,
         )
-        return mask.cpu().numpy()

@@ -39,7 +39,7 @@ def _entry(set_pages, entry, lane, lanes, PAGE: tl.constexpr):
     return (tl.load(set_pages + entry // PAGE).to(tl.int64) * lanes + lane) * PAGE + entry % PAGE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lane_first", "sink", "recency"])
 def pick_kernel(
     length, state, block_table, all_pages, counts, caps, entry_chunk, entry_slot, held, usage, logits,
     victims, fetch_page, fetch_slot, demanded,

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def fetch_kernel(pool, page, slot, count, host_delta, ELEMENTS: tl.constexpr, TILE: tl.constexpr):
     """Copies host pages into slots, -1 to leave one out. A few programs share the list: the rest of the GPU goes on."""
     for i in range(tl.program_id(0), count, tl.num_programs(0)):
@@ -17,7 +17,7 @@ def fetch_kernel(pool, page, slot, count, host_delta, ELEMENTS: tl.constexpr, TI
                 tl.store(pool + to * ELEMENTS + part, tl.load(pool + at + part, mask=inside), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_chunk", "num_chunks", "lane_first"])
 def gather_history_kernel(
     pool, blocks, slot_of, keys, values, first_chunk, num_chunks, host_delta, lanes, lane_first,
     HEADS: tl.constexpr, LANE_HEADS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,

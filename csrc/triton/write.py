@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "lane_first"])
 def write_rows_kernel(
     q, k, v, pool, queries,
     token, length, state, query_row, block_table, slot_of,
@@ -56,29 +56,29 @@ def write_rows_kernel(
             tl.store(to_query + at, tl.load(q + source * q_stride + at, mask=inside), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lane_first", "num_tokens"])
 def write_tokens_kernel(
-    k, v, pool, page0, offset, slot_of, host_delta, k_stride, v_stride, lane_first,
+    k, v, pool, page0, offset, slot_of, host_delta, k_stride, v_stride, lane_first, num_tokens,
     LANE_HEADS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PER_BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One program for each token and KV head. page0: the token's page in lane 0, -1 to leave it out."""
-    token = tl.program_id(0).to(tl.int64)
+    """One program for some tokens and a KV head. page0: each token's page in lane 0, -1 to leave it out."""
     head = tl.program_id(1)
-    first = tl.load(page0 + token)
-    if first < 0:
-        return
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    first = tl.load(page0 + token, mask=token < num_tokens, other=-1)
+    given = first >= 0
     page = first + (lane_first + head // LANE_HEADS) * PER_BLOCK
-    slot = tl.load(slot_of + page).to(tl.int64)
-    dims = tl.arange(0, DIM_PAD)
-    inside = dims < DIM
-    key = tl.load(k + token * k_stride + head * DIM + dims, mask=inside)
-    value = tl.load(v + token * v_stride + head * DIM + dims, mask=inside)
-    within = (head % LANE_HEADS) * CHUNK * DIM + tl.load(offset + token) * DIM
+    slot = tl.load(slot_of + page, mask=given, other=-1).to(tl.int64)
+    dims = tl.arange(0, DIM_PAD)[None, :]
+    inside = given[:, None] & (dims < DIM)
+    key = tl.load(k + (token * k_stride)[:, None] + head * DIM + dims, mask=inside)
+    value = tl.load(v + (token * v_stride)[:, None] + head * DIM + dims, mask=inside)
+    within = (head % LANE_HEADS) * CHUNK * DIM + tl.load(offset + token, mask=given, other=0) * DIM
     elements: tl.constexpr = 2 * LANE_HEADS * CHUNK * DIM
-    to_host = host_delta + page * elements + within
-    tl.store(pool + to_host + dims, key, mask=inside)
-    tl.store(pool + to_host + LANE_HEADS * CHUNK * DIM + dims, value, mask=inside)
-    if slot >= 0:
-        to_slot = slot * elements + within
-        tl.store(pool + to_slot + dims, key, mask=inside)
-        tl.store(pool + to_slot + LANE_HEADS * CHUNK * DIM + dims, value, mask=inside)
+    to_host = pool + (host_delta + page * elements + within)[:, None] + dims
+    tl.store(to_host, key, mask=inside)
+    tl.store(to_host + LANE_HEADS * CHUNK * DIM, value, mask=inside)
+    resident = inside & (slot >= 0)[:, None]
+    to_slot = pool + (slot * elements + within)[:, None] + dims
+    tl.store(to_slot, key, mask=resident)
+    tl.store(to_slot + LANE_HEADS * CHUNK * DIM, value, mask=resident)

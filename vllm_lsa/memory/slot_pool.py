@@ -8,6 +8,7 @@ import torch
 from vllm_lsa.memory.geometry import KVGeometry
 
 FREE = -1
+RESERVED = -2  # owned by a request whose chunks in it change on the device
 
 
 class SlotPool:
@@ -38,10 +39,22 @@ class SlotPool:
         self._free = np.arange(num_slots - 1, -1, -1, dtype=np.int64)
         self._num_free = num_slots
         self._slot_of = np.empty(0, np.int32)
+        self._changed: list[np.ndarray] | None = None
 
     def bind(self, num_host_pages: int) -> None:
         """Tell the pool how many host pages exist. Before this nothing can be resident."""
         self._slot_of = np.full(num_host_pages, FREE, np.int32)
+
+    def track(self) -> None:
+        """From now on remember which host pages gained or lost a slot, for a table of them on the device."""
+        self._changed = []
+
+    def changes(self) -> tuple[np.ndarray, np.ndarray]:
+        """(host pages int64 [n], their slots int32 [n], -1 for none) of all that changed since the last call."""
+        assert self._changed is not None
+        pages = np.unique(np.concatenate(self._changed)) if self._changed else np.empty(0, np.int64)
+        self._changed.clear()
+        return pages, self._slot_of[pages]
 
     @property
     def num_pinned(self) -> int:
@@ -85,9 +98,27 @@ class SlotPool:
             self.owner[given] = pages[where]
             self.refs[given] = 1
             self._slot_of[pages[where]] = given
+            self._note(pages[where])
             slots[where] = given
             fresh[where] = True
         return slots, fresh
+
+    def reserve(self, count: int) -> np.ndarray:
+        """Slots for a request whose chunks change on the device, int64 [count]; -1 where the pool is exhausted."""
+        slots = np.full(count, FREE, np.int64)
+        given = self._take(count)
+        slots[: len(given)] = given
+        self.owner[given] = RESERVED
+        self.refs[given] = 1
+        return slots
+
+    def give_back(self, slots: np.ndarray) -> None:
+        """Return reserved slots (-1 entries are ignored). What they held is forgotten."""
+        slots = slots[slots >= 0]
+        if (self.owner[slots] != RESERVED).any():
+            raise RuntimeError("a slot was given back that was not reserved")
+        self.refs[slots] = 0
+        self._drop(slots)
 
     def release(self, slots: np.ndarray) -> None:
         """Unpin slots (-1 entries are ignored); they stay cached until the pool needs them."""
@@ -114,12 +145,19 @@ class SlotPool:
     def _drop(self, slots: np.ndarray) -> None:
         if not len(slots):
             return
-        self._slot_of[self.owner[slots]] = FREE
+        pages = self.owner[slots]
+        pages = pages[pages >= 0]
+        self._slot_of[pages] = FREE
+        self._note(pages)
         self.owner[slots] = FREE
         self._free[self._num_free : self._num_free + len(slots)] = slots
         self._num_free += len(slots)
         if self.poison:
             self.pages[torch.from_numpy(slots).to(self.pages.device)] = float("nan")
+
+    def _note(self, pages: np.ndarray) -> None:
+        if self._changed is not None:
+            self._changed.append(pages)
 
     def _take(self, count: int) -> np.ndarray:
         if count > self._num_free:

@@ -86,11 +86,11 @@ def write_tokens(
     g = geometry
     if not len(page0):
         return
-    write_tokens_kernel[(len(page0), g.num_kv_heads)](
+    write_tokens_kernel[(-(-len(page0) // 16), g.num_kv_heads)](
         k, v, pool, page0, offset, slot_of, host_delta(pool, host_pages), k.stride(0), v.stride(0),
-        layer * g.layer_lanes,
+        layer * g.layer_lanes, len(page0),
         LANE_HEADS=g.lane_heads, CHUNK=g.chunk_tokens, DIM=g.head_dim, DIM_PAD=_power_of_two(g.head_dim),
-        PER_BLOCK=g.chunks_per_block, num_warps=1,
+        PER_BLOCK=g.chunks_per_block, TOKENS=16, num_warps=4,
     )  # fmt: skip
 
 

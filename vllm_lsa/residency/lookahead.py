@@ -13,6 +13,7 @@ from vllm_lsa.memory.transfers import Ticket, Transfers
 from vllm_lsa.residency.plan import Row
 from vllm_lsa.residency.requests import Request
 from vllm_lsa.residency.resident_set import ResidentSet
+from vllm_lsa.residency.shares import Shares
 from vllm_lsa.residency.usage import Usage
 
 
@@ -79,14 +80,8 @@ class LookaheadScheduler:
         self._pool = pool
         self._transfers = transfers
         self._select = select
-        self._budget = 1.0 if config.indexer == "keep_all" else config.budget
+        self._shares = Shares(config, geometry, pool.num_slots, layer_weights)
         self._demands = config.demand != "off"
-        # Chunks a lane on a budget adds between two selections; with demand each makes room for itself.
-        growth = -(-(config.period + config.lead) // geometry.chunk_tokens)
-        self._growth = config.demand_chunks if self._demands else growth
-        self._forced = config.sink_chunks + config.recency_chunks + 1 + self._growth
-        weights = np.ones(geometry.num_layers) if layer_weights is None else np.array(layer_weights)
-        self._weights = weights.repeat(geometry.layer_lanes)
         self._free_rows = list(range(rows - 1, -1, -1))
         self._states: dict[Request, _State] = {}
         self.counts = LookaheadCounts()
@@ -110,7 +105,7 @@ class LookaheadScheduler:
 
     def caps(self, request: Request) -> np.ndarray | None:
         """Chunks that each lane of a request on a budget may hold, int64 [lanes]; None for the others."""
-        return None if self._states[request].whole else self._caps(self._geometry.chunks(request.length))
+        return None if self._states[request].whole else self._shares.caps(self._geometry.chunks(request.length))
 
     def leave(self, request: Request) -> None:
         """Give back everything a request holds."""
@@ -145,35 +140,18 @@ class LookaheadScheduler:
 
     # -- who keeps everything ---------------------------------------------------------------------------------------
 
-    def _caps(self, num_chunks: int) -> np.ndarray:
-        """Chunks that each lane may keep, int64 [lanes]: what is forced, and its share of what the budget leaves."""
-        spare = max(0, int(self._budget * num_chunks) - self._forced)
-        return np.minimum(num_chunks, self._forced + (spare * self._weights).astype(np.int64))
-
-    def _footprint(self, request: Request, whole: bool, ahead: int = 0) -> int:
-        chunks = self._geometry.chunks(request.length + ahead)
-        return self._geometry.num_lanes * chunks if whole else int(self._caps(chunks).sum())
-
     def _settle(self) -> None:
-        total = sum(self._footprint(request, state.whole) for request, state in self._states.items())
-        if total <= self._pool.num_slots:
-            return
-        by_size = sorted(self._states.items(), key=lambda item: -item[0].length)
-        for request, state in by_size:
-            saved = self._footprint(request, True) - self._footprint(request, False) if state.whole else 0
-            if saved:
-                state.whole = False
-                state.selected = False
-                state.usage = state.usage or Usage(self._geometry.num_lanes)
-                total -= saved
-                # What it gives back stays cached: its next selection finds what nobody took in between.
-                self._keep_tail_only(state)
-            if total <= self._pool.num_slots:
-                return
+        wholes = {request: state.whole for request, state in self._states.items()}
+        for request in self._shares.overdrawn(wholes):
+            state = self._states[request]
+            state.whole = False
+            state.selected = False
+            state.usage = state.usage or Usage(self._geometry.num_lanes)
+            # What it gives back stays cached: its next selection finds what nobody took in between.
+            self._keep_tail_only(state)
 
     def _fits_whole(self, request: Request) -> bool:
-        others = sum(self._footprint(r, s.whole) for r, s in self._states.items() if r is not request)
-        return others + self._footprint(request, True, self._config.period) <= self._pool.num_slots
+        return self._shares.fits_whole(request, {r: s.whole for r, s in self._states.items()})
 
     def _keep_tail_only(self, state: _State) -> None:
         old = state.set
@@ -237,8 +215,7 @@ class LookaheadScheduler:
         if self._fits_whole(request):
             mask = np.ones((self._geometry.num_lanes, full), bool)
         else:
-            reserved = (1 if self._demands else 1 + self._growth) if self._budget < 1 else 0
-            budget = np.maximum(self._caps(full + 1) - reserved, 0)
+            budget = self._shares.selected(full)
             mask = self._select(request, state.row, full, budget, cycle, state.usage)
         lanes, chunks = np.nonzero(mask)
         pages = self._transfers.store.page_ids(request.blocks, chunks, lanes)

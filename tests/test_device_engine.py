@@ -1,0 +1,148 @@
+"""The device engine under the random scheduler of `test_engine`: its kernels run on the GPU, or in the interpreter."""
+
+import numpy as np
+import pytest
+
+from tests import random_checkpoint
+from tests.kernels import DEVICE, load
+from tests.test_engine import CHUNK, DIM, HKV, HQ, LAYERS, SCALE, Simulation, config, run
+from vllm_lsa.device.engine import DeviceEngine
+from vllm_lsa.device.state import PAGE
+from vllm_lsa.errors import LsaError
+from vllm_lsa.residency.requests import StepUpdate
+
+for _name in ("write", "demand", "pages", "encode", "score", "paged_decode"):
+    load(_name)
+
+
+def drive(simulation: "DeviceSimulation", steps: int = 20) -> None:
+    """Prompts cut into pieces, a shared prefix, mixed batches, a preemption, an abort; at random as well on a GPU,
+    since the interpreter takes seconds for what the GPU does in milliseconds."""
+    long = simulation.add(200, 250)
+    simulation.step({long: 120})
+    simulation.step({long: 80})
+    simulation.shared = simulation.live[long]["blocks"][:2]
+    middle, short = simulation.add(107, 140), simulation.add(9, 40)
+    simulation.step({long: 1, middle: 43, short: 9})
+    for number in range(steps):
+        names = [n for n in (long, middle, short) if n in simulation.live]
+        again = {middle: 90} if number == 7 else {}
+        preempt = [middle] if number == 6 else []
+        simulation.step({n: 1 for n in names if n not in preempt and not (number == 9 and n == short)} | again, preempt, [short] if number == 9 else [])
+        if number == 9:
+            short = ""
+    if DEVICE.type == "cuda":
+        run(simulation, 150)
+
+
+class DeviceSimulation(Simulation):
+    def make_engine(self, geometry, slots):
+        return DeviceEngine(self.config, geometry, SCALE, slots, 32, DEVICE, max_model_len=400)
+
+    def watch(self):
+        self.engine.tracer = self.trace_sets
+
+    def caps(self, plan):
+        control, sets = self.engine.control, self.engine.sets
+        rows = {name: control.set_row(self.engine.mirror.requests[name]) for name in plan.requests}
+        return {name: sets.caps[row].cpu().numpy() for name, row in rows.items() if row >= 0}
+
+    def trace_sets(self, layer, plan):
+        sets, lanes = self.engine.sets, self.engine.geometry.layer_lanes
+        for name in plan.requests:
+            request = self.engine.mirror.requests[name]
+            row = self.engine.control.set_row(request)
+            if row < 0:
+                continue
+            pages = sets.pages[row].cpu().numpy()
+            for lane in range(layer * lanes, (layer + 1) * lanes):
+                entries = np.arange(int(sets.counts[row, lane]))
+                chunks = sets.chunk.cpu().numpy()[pages[entries // PAGE], lane, entries % PAGE]
+                assert chunks[-1] == request.num_computed // CHUNK
+                held = sets.held.cpu().numpy()
+                full = np.arange(request.num_computed // CHUNK + 1)
+                assert (held[pages[full // PAGE], lane, full % PAGE] == np.isin(full, chunks)).all()
+                self.trace(lane, request, chunks)
+
+    def check_rows(self):
+        control, sets = self.engine.control, self.engine.sets
+        assert len(control._free_rows) == 32 == len(control._free_sets)
+        assert sorted(control._free_pages) == list(range(len(sets.chunk)))
+
+
+@pytest.mark.parametrize("indexer", ["mean_key", "usage", "recency", "random", "keep_all"])
+@pytest.mark.parametrize("demand", ["off", "mean_key"])
+def test_attention_equals_plain_attention_over_the_same_sets(indexer, demand):
+    simulation = DeviceSimulation(config(indexer=indexer, demand=demand, budget=0.2), slots=LAYERS * HKV * 40)
+    drive(simulation)
+    assert simulation.decodes > 100 and (indexer == "keep_all" or simulation.sparse_decodes > 50)
+    simulation.leak_check()
+
+
+@pytest.mark.parametrize("sets", ["per_head", "per_layer", "shared"])
+@pytest.mark.parametrize("demand, lookahead", [("product", "indexer"), ("off", "indexer"), ("product", "usage")])
+def test_a_trained_checkpoint_serves(tmp_path, sets, demand, lookahead):
+    folder = random_checkpoint.write(tmp_path, LAYERS, HQ, HKV, DIM, CHUNK, scorers=(0, 2), weights=(0.4, 1.6, 1.0))
+    settings = config(indexer=str(folder), demand=demand, lookahead=lookahead, sets=sets, budget=0.3, demand_chunks=2)
+    simulation = DeviceSimulation(settings, slots=LAYERS * 45 * settings.layer_lanes(HKV), seed=5)
+    drive(simulation)
+    assert simulation.sparse_decodes > 50
+    assert (int(simulation.engine._wanted.demanded) > 0) == (demand != "off")
+    simulation.leak_check()
+
+
+def test_everything_stays_resident_while_it_fits():
+    simulation = DeviceSimulation(config(budget=0.1, check="off"), slots=LAYERS * HKV * 400, seed=2)
+    drive(simulation)
+    counted = simulation.engine._counted()
+    assert simulation.sparse_decodes == 0 and counted["cycles"] == 0
+    assert counted["bytes_fetched"] == 0 and counted["bytes_streamed"] == 0
+    simulation.leak_check()
+
+
+@pytest.mark.parametrize("slots", [4, LAYERS * HKV * 7])
+def test_a_pool_smaller_than_what_is_kept_reads_the_host_and_is_exact(slots):
+    simulation = DeviceSimulation(config(budget=1.0), slots=slots, seed=3)
+    drive(simulation)
+    assert simulation.engine.control.counts.chunks_missed > 0 and simulation.sparse_decodes == 0
+    simulation.leak_check()
+
+
+@pytest.mark.parametrize("demand", ["off", "mean_key"])
+def test_more_requests_than_the_pool_has_room_for(demand):
+    simulation = DeviceSimulation(config(budget=0.1, demand=demand), slots=LAYERS * HKV * 6, seed=4)
+    drive(simulation)
+    assert simulation.engine.control.counts.chunks_missed > 0
+    simulation.leak_check()
+
+
+def test_prefix_sharing_shares_slots():
+    simulation = DeviceSimulation(config(budget=1.0, check="off"), slots=LAYERS * HKV * 400)
+    first = simulation.add(130, 140)
+    simulation.step({first: 130})
+    simulation.shared = simulation.live[first]["blocks"][:4]
+    used = simulation.engine.pool.num_pinned
+    second = simulation.add(150, 160)
+    simulation.step({first: 1, second: 22})
+    assert simulation.engine.pool.num_pinned == used + LAYERS * HKV * 3
+    for _ in range(5):
+        simulation.step({first: 1, second: 1})
+    simulation.step({second: 1}, abort=[first])
+    simulation.leak_check()
+
+
+def test_copied_blocks_lose_their_slots():
+    simulation = DeviceSimulation(config(budget=1.0, check="off"), slots=LAYERS * HKV * 100)
+    name = simulation.add(60, 80)
+    simulation.step({name: 60})
+    engine, source, target = simulation.engine, simulation.live[name]["blocks"][0], simulation.free.pop()
+    engine.open_step(StepUpdate(block_copies=[(source, target)]))
+    pages = engine.store.block_pages(np.array([source, target])).reshape(2, -1)
+    assert (engine.store.pages[pages[0]] == engine.store.pages[pages[1]]).all()
+    assert (engine.pool.lookup(pages[1]) < 0).all()
+
+
+@pytest.mark.parametrize("settings", [{"indexer": "quest"}, {"demand": "four_bit"}])
+def test_settings_without_kernels_are_refused_in_one_line(settings):
+    with pytest.raises(LsaError, match=r"lsa\.(indexer|demand)=.* has no CUDA kernels: use"):
+        DeviceSimulation(config(**settings), slots=100)

@@ -1,0 +1,357 @@
+"""LSA of one rank on a CUDA device: the sets live there, and a decode step is a fixed sequence of kernels."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_lsa.config import LsaConfig
+from vllm_lsa.device.control import DeviceControl, Selection
+from vllm_lsa.device.history import TILE_TOKENS, History, HistoryReader
+from vllm_lsa.device.plan import DevicePlan, PrefillPlan
+from vllm_lsa.device.prefill import PrefillAttention, TorchPrefill
+from vllm_lsa.device.selection import apply_selection
+from vllm_lsa.device.state import PAGE, DeviceRows, DeviceSets
+from vllm_lsa.engine import LsaEngine
+from vllm_lsa.errors import LsaError
+from vllm_lsa.indexer.base import ChunkIndex
+from vllm_lsa.indexer.mean_key import MeanKeyIndex
+from vllm_lsa.indexer.product import ProductIndex
+from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.metrics import MetricsWriter
+from vllm_lsa.ops import resident_rows as ops
+from vllm_lsa.ops.encode_rows import ProductCodec, encode_chunks, encode_decoded, encode_pages
+from vllm_lsa.ops.resident_decode import DecodeScratch, resident_decode
+from vllm_lsa.ops.score_rows import score_rows, score_scratch
+from vllm_lsa.residency.plan import Row
+from vllm_lsa.residency.requests import Request
+from vllm_lsa.residency.usage import DECAY
+
+Tracer = Callable[[int, DevicePlan], None]
+
+
+class DeviceEngine(LsaEngine):
+    """As `LsaEngine`, for a CUDA device. `attend` of a step without prompts can be captured in a CUDA graph."""
+
+    def __init__(
+        self,
+        config: LsaConfig,
+        geometry: KVGeometry,
+        scale: float,
+        num_slots: int,
+        max_requests: int,
+        device: torch.device,
+        metrics: MetricsWriter | None = None,
+        max_model_len: int = 8192,
+        prefill: PrefillAttention | None = None,
+    ) -> None:
+        """max_model_len: most tokens of a request. Raises LsaError for settings that have no kernels here."""
+        super().__init__(config, geometry, scale, num_slots, max_requests, device, metrics)
+        chunk = geometry.chunk_tokens
+        if chunk & (chunk - 1) or not 8 <= chunk <= 64:
+            raise LsaError(f"lsa.chunk_tokens={chunk} has no CUDA kernels: use 8, 16, 32 or 64")
+        for name, index in (("indexer", self._policy.index), ("demand", self._demand.index)):
+            if index is not None and not isinstance(index, ProductIndex | MeanKeyIndex):
+                raise LsaError(
+                    f"lsa.{name}={getattr(config, name)!r} has no CUDA kernels: use mean_key or a trained checkpoint"
+                    + (", usage, recency or random" if name == "indexer" else " (product), or off")
+                )
+        self._max_model_len = max_model_len
+        self._prefill = prefill or TorchPrefill()
+        self.tracer: Tracer | None = None
+
+    def _staging_pages(self) -> int:
+        return 0
+
+    def attach(self, num_blocks: int, cells: Sequence[torch.Tensor]) -> None:
+        self._attach_store(num_blocks)
+        assert self.store is not None
+        g, config, device, rows = self.geometry, self.config, self._device, self._max_requests
+        self.pool.track()
+        self._cells = list(cells)
+        chunks = g.chunks(self._max_model_len)
+        row_pages = -(-(chunks + 1) // PAGE)
+        host_chunks = self.store.num_blocks * g.chunks_per_block
+        # Live requests share blocks only by common prefixes: twice their chunks is room for many of those.
+        num_pages = min(rows * row_pages, 2 * host_chunks // PAGE + 2 * rows)
+        self.sets = DeviceSets.empty(rows, row_pages, num_pages, g, device)
+        self._row_data = torch.zeros(4, rows, dtype=torch.int32, device=device)
+        table = torch.zeros(rows, g.blocks(self._max_model_len), dtype=torch.int32, device=device)
+        self._rows = DeviceRows(*self._row_data, table)
+        self._slot_of = torch.full((self.store.num_pages,), -1, dtype=torch.int32, device=device)
+        self._lane_page = torch.from_numpy(self.store.lane_offset).to(device)
+        self._scratch = DecodeScratch.empty(rows, g, self._max_model_len, device)
+        self._most = config.demand_chunks
+        self._wanted = ops.DemandScratch.empty(
+            rows, self._most, num_pages if self._demand.index is not None else 1, g, device
+        )
+        index = self._demand.index
+        self._tables = (
+            score_scratch(rows, g.num_q_heads, g.num_kv_heads, index.tables.subspaces, device)
+            if isinstance(index, ProductIndex)
+            else None
+        )
+        self._parts = [
+            (index, [self.layout.part(cells, index) for cells in self._cells])
+            for index in dict.fromkeys(i for i in (self._policy.index, self._demand.index) if i is not None)
+        ]
+        tile = min(TILE_TOKENS, -(-self._max_model_len // g.chunk_tokens) * g.chunk_tokens)
+        self._history = HistoryReader(g, self.pool.pages, self.store.pages, self._slot_of, tile)
+        self._fetched = 0
+        self._incoming = torch.zeros(1, dtype=torch.int64, device=device)
+        pinned = device.type == "cuda"
+        self._counters = torch.zeros(2, dtype=torch.int64, pin_memory=pinned)
+        self.control = DeviceControl(
+            config, g, self.pool, self.store, self.sets, rows, self._fetch, self._layer_weights
+        )
+        self.close_step()
+
+    def _leave(self, request: Request) -> None:
+        self.control.leave(request)
+
+    def _quiesce(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    # -- planning ---------------------------------------------------------------------------------------------------
+
+    def plan_capture(self, num_rows: int) -> DevicePlan:
+        """A step of padding alone: what a CUDA graph is captured with."""
+        self._row_data.zero_()
+        self._rows.state.fill_(-1)
+        return DevicePlan(self._rows.first(num_rows))
+
+    def plan(  # type: ignore[override]
+        self,
+        rows: Sequence[tuple[str, int]],
+        block_table: torch.Tensor | None = None,
+        padded: int = 0,
+    ) -> DevicePlan:
+        """block_table: int32 [rows, >= blocks] on the device, the engine's own; by default made from the mirror's. padded:
+        decode rows of the CUDA graph that is to run the step, or 0."""
+        assert self.store is not None
+        start, placed = 0, []
+        for name, length in rows:
+            placed.append(Row(self.mirror.requests[name], start, length))
+            start += length
+        selections = self.control.prepare(placed)
+        pages, slots = self.pool.changes()
+        if len(pages):
+            self._slot_of[self._upload(pages)] = self._upload(slots)
+        decodes = [i for i, row in enumerate(placed) if self.control.is_decode(row.request)]
+        prefills = [row for row in placed if not self.control.is_decode(row.request)]
+        self._fill_rows([placed[i] for i in decodes], decodes, block_table, len(rows))
+        count = max(padded, len(decodes))
+        step = DevicePlan(self._rows.first(count), requests=[placed[i].request.id for i in decodes])
+        real = self._rows.first(len(decodes))
+        ops.advance(real, self.sets, self.geometry)
+        for selection in selections:
+            self._renew(selection)
+        if prefills:
+            step.prefill = self._plan_prefill(prefills, start)
+            self._history.begin([h for h in step.prefill.histories if h.tokens])
+        return step
+
+    def _fill_rows(
+        self, decodes: list[Row], places: list[int], block_table: torch.Tensor | None, num_rows: int
+    ) -> None:
+        data = np.zeros((4, self._max_requests), np.int32)
+        data[2] = -1
+        for i, row in enumerate(decodes):
+            request = row.request
+            data[:, i] = (row.start, request.length, self.control.set_row(request), self.control.row(request))
+        self._row_data.copy_(torch.from_numpy(data), non_blocking=True)
+        n, table = len(decodes), self._rows.block_table
+        if not n:
+            return
+        if block_table is None:
+            own = np.zeros((n, table.shape[1]), np.int32)
+            for i, row in enumerate(decodes):
+                own[i, : len(row.request.blocks)] = row.request.blocks
+            table[:n] = self._upload(own)
+            return
+        width = min(table.shape[1], block_table.shape[1])
+        if n == num_rows:
+            table[:n, :width] = block_table[:n, :width]
+        else:
+            table[:n, :width] = block_table[self._upload(np.array(places)), :width]
+
+    def _plan_prefill(self, rows: list[Row], num_tokens: int) -> PrefillPlan:
+        assert self.store is not None
+        g, size = self.geometry, self.geometry.chunk_tokens
+        page0 = np.full(num_tokens, -1, np.int64)
+        offset = np.zeros(num_tokens, np.int32)
+        whole: list[np.ndarray] = []
+        begun: list[np.ndarray] = []
+        histories = []
+        for row in rows:
+            request = row.request
+            positions = np.arange(request.num_computed, request.length)
+            here = slice(row.start, row.start + row.length)
+            chunks = positions // size
+            page0[here] = self.store.page_ids(request.blocks, chunks)
+            offset[here] = positions % size
+            done = np.arange(request.num_computed // size, request.length // size)
+            block = request.blocks[done // g.chunks_per_block].astype(np.int64)
+            place = done % g.chunks_per_block
+            first = row.start + done * size - request.num_computed
+            partial = done * size < request.num_computed
+            whole.append(np.stack([first, block, place])[:, ~partial])
+            begun.append(np.stack([self.store.page_ids(request.blocks, done), block, place])[:, partial])
+            histories.append(
+                History(
+                    self._upload(request.blocks.astype(np.int64)),
+                    request.num_computed,
+                    self.control.is_whole(request),
+                )
+            )
+        filled, rest = np.concatenate(whole, 1), np.concatenate(begun, 1)
+        small = [self._upload(x.astype(np.int32)) for x in (*filled, *rest[1:])]
+        return PrefillPlan(
+            rows=rows,
+            histories=histories,
+            page0=self._upload(page0),
+            offset=self._upload(offset),
+            whole=(small[0], small[1], small[2]),
+            begun=(self._upload(rest[0]), small[3], small[4]),
+            last_token=self._upload(np.array([r.start + r.length - 1 for r in rows], np.int64)),
+            query_row=self._upload(np.array([self.control.row(r.request) for r in rows], np.int64)),
+        )
+
+    def _renew(self, selection: Selection) -> None:
+        """Choose a request's set and copy what it lacks, before the step's attention reads it."""
+        assert self.store is not None
+        g, request, row = self.geometry, selection.request, selection.set_row
+        full = request.num_computed // g.chunk_tokens
+        usage = None
+        if self._demand.index is not None:
+            pages = self.sets.pages[row].long()
+            usage = self.sets.usage[pages].transpose(0, 1).flatten(1)[:, :full].contiguous()
+        mask = self._choose(request, selection.row, full, self.control.selectable(request), selection.cycle, usage)
+        blocks = self._upload(self.store.page_ids(request.blocks, np.arange(full + 1)))
+        owned = self._upload(self.control.owned(request).astype(np.int32))
+        page, slot = apply_selection(self.sets, row, mask, owned, blocks, self._lane_page)
+        if selection.first and request.num_computed % g.chunk_tokens:
+            self._add_tail(row, full, page, slot, blocks)
+        self._incoming += (slot >= 0).sum()
+        ops.fetch(self.pool.pages, self.store.pages, page.contiguous(), slot.contiguous(), 4096)
+
+    def _add_tail(
+        self, row: int, tail: int, page: torch.Tensor, slot: torch.Tensor, blocks: torch.Tensor
+    ) -> None:
+        """A first set's tail may hold tokens of the prompt: copy it as well."""
+        last = self.sets.counts[row].long() - 1
+        pages = self.sets.pages[row].long()
+        lanes = torch.arange(len(last), device=last.device)
+        at = last[:, None]
+        page.scatter_(1, at, (blocks[tail] + self._lane_page)[:, None])
+        slot.scatter_(1, at, self.sets.slot[pages[last // PAGE], lanes, last % PAGE][:, None])
+
+    def _fetch(self, pages: np.ndarray, slots: np.ndarray) -> None:
+        assert self.store is not None
+        self._fetched += len(pages)
+        ops.fetch(
+            self.pool.pages, self.store.pages, self._upload(pages), self._upload(slots.astype(np.int32)), 4096
+        )
+
+    def _upload(self, array: np.ndarray) -> torch.Tensor:
+        # From pageable memory, which is read before the call returns, and without waiting for the device.
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+
+    # -- attention --------------------------------------------------------------------------------------------------
+
+    def attend(  # type: ignore[override]
+        self, plan: DevicePlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Attention of one layer. q, out: [t, Hq, D]; k, v: [t, Hkv, D], RoPE applied. Writes out."""
+        if plan.prefill is not None:
+            self._attend_prompts(plan.prefill, layer, q, k, v, out)
+        if len(plan.rows.length):
+            self._decode(plan, layer, q, k, v, out)
+
+    def _decode(
+        self, plan: DevicePlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        assert self.store is not None
+        g, config, rows, sets = self.geometry, self.config, plan.rows, self.sets
+        pool, host = self.pool.pages, self.store.pages
+        ops.write_rows(q, k, v, pool, host, rows, self._slot_of, sets, layer, g, self._queries)
+        for index, parts in self._parts:
+            encode_decoded(host, rows, parts[layer], layer, g, _codec(index, layer))
+        if (index := self._demand.index) is not None:
+            cells = self.layout.part(self._cells[layer], index)
+            tables: dict[str, Any] = {}
+            if isinstance(index, ProductIndex):
+                t = index.tables
+                tables = {"to_query": t.to_query[layer], "centroids": t.centroids[layer], "scratch": self._tables}
+            score_rows(q, cells, rows, sets, g.chunk_tokens, self._scale, self._wanted.logits, **tables)
+            ops.pick(
+                rows, sets, self._wanted, layer, g,
+                sink=config.sink_chunks, recency=config.recency_chunks, threshold=config.demand_threshold, decay=DECAY,
+            )  # fmt: skip
+            n = len(rows.length)
+            ops.fetch(pool, host, self._wanted.page[:n], self._wanted.slot[:n])
+        if self.tracer is not None:
+            self.tracer(layer, plan)
+        resident_decode(q, pool, host, rows, self._slot_of, sets, layer, g, self._scale, out, self._scratch)
+
+    def _attend_prompts(
+        self, plan: PrefillPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        assert self.store is not None
+        g, pool, host = self.geometry, self.pool.pages, self.store.pages
+        ops.write_tokens(k, v, pool, host, plan.page0, plan.offset, self._slot_of, layer, g)
+        for index, parts in self._parts:
+            codec = _codec(index, layer)
+            if len(plan.whole[0]):
+                encode_chunks(k, *plan.whole, parts[layer], g.chunk_tokens, codec)
+            if len(plan.begun[0]):
+                encode_pages(host, *plan.begun, parts[layer], layer, g, codec)
+        self._queries[plan.query_row, layer] = q[plan.last_token]
+        for row, history in zip(plan.rows, plan.histories, strict=True):
+            here = slice(row.start, row.start + row.length)
+            state = self._prefill.attend(q[here], k[here], v[here], self._scale, causal=True)
+            for _ in self._history.tiles(history):
+                keys, values = self._history.take(layer, history)
+                state = self._prefill.merge(
+                    state, self._prefill.attend(q[here], keys, values, self._scale, causal=False)
+                )
+            out[here] = state[0]
+
+    # -- metrics ----------------------------------------------------------------------------------------------------
+
+    def close_step(self) -> None:
+        # Counts of the step before, or of one before that: nobody waits for them.
+        if self.store is not None:
+            self._counters[:1].copy_(self._wanted.demanded, non_blocking=True)
+            self._counters[1:].copy_(self._incoming, non_blocking=True)
+        super().close_step()
+
+    def _counted(self) -> dict[str, float]:
+        demanded, selected = self._counters.tolist()
+        moved = (demanded + selected + self._fetched) * self.geometry.page_bytes
+        return {
+            "chunks_selected": selected,
+            "chunks_demanded": demanded,
+            "chunks_missed": self.control.counts.chunks_missed,
+            "bytes_fetched": moved,
+            "bytes_streamed": self._history.bytes_streamed,
+            "cycles": self.control.counts.cycles,
+        }
+
+    def _num_resident(self) -> int:
+        return self.control.num_resident
+
+    def close(self) -> None:
+        if self.store is not None:
+            self._quiesce()
+        if self._metrics is not None:
+            self._metrics.close()
+
+
+def _codec(index: ChunkIndex, layer: int) -> ProductCodec | None:
+    if not isinstance(index, ProductIndex):
+        return None
+    t = index.tables
+    return ProductCodec(t.to_code[layer], t.mean[layer], t.centroids[layer])

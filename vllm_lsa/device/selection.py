@@ -1,0 +1,59 @@
+"""Making a selected set the resident one, on the device and without a look at it from the host."""
+
+import torch
+
+from vllm_lsa.device.state import PAGE, DeviceSets
+
+
+def apply_selection(
+    sets: DeviceSets, row: int, mask: torch.Tensor, owned: torch.Tensor, blocks: torch.Tensor, lane_page: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace a row's set by the chunks of `mask` and its tail. What stays keeps its slot; what comes takes the slots of
+    what leaves, and spare ones.
+
+    mask: bool [lanes, N], the row's N full chunks; the tail is chunk N and entry counts - 1. owned: int32 [lanes], slots
+    of each lane, at least one more than it keeps. blocks: int64 [N] block of each chunk times lanes times chunks per
+    block, plus the chunk's number in it: its page in lane 0. lane_page: int64 [lanes], what a lane adds to a page.
+    Returns what has to be copied, page int64 and slot int32 [lanes, E], -1 where nothing is.
+    """
+    lanes, full = mask.shape
+    width = sets.pages.shape[1] * PAGE
+    pages = sets.pages[row].long()
+    device = mask.device
+
+    def lane_major(paged: torch.Tensor) -> torch.Tensor:
+        return paged[pages].transpose(0, 1).reshape(lanes, width)
+
+    def write(paged: torch.Tensor, values: torch.Tensor) -> None:
+        paged[pages] = values.view(lanes, -1, PAGE).transpose(0, 1)
+
+    chunk, slot = lane_major(sets.chunk), lane_major(sets.slot)
+    last = sets.counts[row][:, None].long() - 1
+    entry = torch.arange(width, device=device).expand(lanes, width)
+    in_use, tail = entry < last, entry == last
+    known = torch.where(in_use, chunk, full).long()
+    keep = in_use & torch.cat([mask, mask.new_zeros(lanes, 1)], 1).gather(1, known)
+    resident = torch.zeros(lanes, full + 1, dtype=torch.bool, device=device).scatter_(1, known, True)[:, :full]
+    incoming = mask & ~resident
+    kept, coming = keep.sum(1, keepdim=True), incoming.sum(1, keepdim=True)
+    free = (entry < owned[:, None]) & ~keep & ~tail
+    rank = free.cumsum(1) - 1
+    to = torch.where(keep, keep.cumsum(1) - 1, entry)
+    to = torch.where(tail, kept + coming, to)
+    to = torch.where(free, kept + rank + (rank >= coming), to)
+    new_slot = torch.empty_like(slot).scatter_(1, to, slot)
+    new_chunk = torch.zeros(lanes, width + 1, dtype=torch.int32, device=device)
+    new_chunk.scatter_(1, torch.where(keep | tail, to, width), chunk)
+    numbers = torch.arange(full, dtype=torch.int32, device=device).expand(lanes, full)
+    new_chunk.scatter_(1, torch.where(incoming, kept + incoming.cumsum(1) - 1, width), numbers)
+    new_chunk = new_chunk[:, :width]
+    is_new = (entry >= kept) & (entry < kept + coming)
+    page = blocks[torch.where(is_new, new_chunk, 0).long()] if full else torch.zeros_like(entry)
+    write(sets.slot, new_slot)
+    write(sets.chunk, new_chunk)
+    held = torch.zeros(lanes, width, dtype=torch.uint8, device=device)
+    held[:, :full] = mask
+    held[:, full] = 1
+    write(sets.held, held)
+    sets.counts[row] = (kept + coming + 1).flatten().int()
+    return page + lane_page[:, None], torch.where(is_new, new_slot, -1)
