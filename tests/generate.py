@@ -61,13 +61,15 @@ def main() -> None:
 
         engine = Runtime.latest().engine
         llm.llm_engine.step()
+        counted = engine.counted()
         result["counts"] = {
             "pinned": engine.pool.num_pinned,
             "live": len(engine.mirror.requests),
-            "cycles": engine.lookahead.counts.cycles,
-            "streamed": engine.transfers.counts.bytes_streamed,
-            "fetched": engine.transfers.counts.bytes_fetched,
-            "demanded": engine.attention.chunks_demanded,
+            "cycles": counted["cycles"],
+            "streamed": counted["bytes_streamed"],
+            "fetched": counted["bytes_fetched"],
+            "demanded": counted["chunks_demanded"],
+            "missed": counted["chunks_missed"],
         }
     json.dump(result, open(sys.argv[2], "w"))
 

@@ -28,9 +28,8 @@ def drive(simulation: "DeviceSimulation", steps: int = 20) -> None:
         names = [n for n in (long, middle, short) if n in simulation.live]
         again = {middle: 90} if number == 7 else {}
         preempt = [middle] if number == 6 else []
-        simulation.step({n: 1 for n in names if n not in preempt and not (number == 9 and n == short)} | again, preempt, [short] if number == 9 else [])
-        if number == 9:
-            short = ""
+        abort = [short] if number == 9 else []
+        simulation.step({n: 1 for n in names if n not in preempt + abort} | again, preempt, abort)
     if DEVICE.type == "cuda":
         run(simulation, 150)
 
@@ -94,7 +93,7 @@ def test_a_trained_checkpoint_serves(tmp_path, sets, demand, lookahead):
 def test_everything_stays_resident_while_it_fits():
     simulation = DeviceSimulation(config(budget=0.1, check="off"), slots=LAYERS * HKV * 400, seed=2)
     drive(simulation)
-    counted = simulation.engine._counted()
+    counted = simulation.engine.counted()
     assert simulation.sparse_decodes == 0 and counted["cycles"] == 0
     assert counted["bytes_fetched"] == 0 and counted["bytes_streamed"] == 0
     simulation.leak_check()

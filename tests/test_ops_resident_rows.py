@@ -101,7 +101,8 @@ def test_pick_follows_the_rule(lanes, most, threshold, seed):
     scratch.page.fill_(-7)
     logits = scratch.logits.clone()
     usage = s.sets.usage.clone()
-    before = [[s.read_lane(i, lane) if BUDGET[i] and LENGTHS[i] else None for lane in range(2 * lanes)] for i in range(9)]
+    sparse = [bool(on and length) for on, length in zip(BUDGET, LENGTHS, strict=True)]
+    before = [[s.read_lane(i, lane) if on else None for lane in range(2 * lanes)] for i, on in enumerate(sparse)]
     ops.pick(
         s.rows, s.sets, scratch, layer, g, sink=sink, recency=recency, threshold=threshold, decay=decay, block=64
     )

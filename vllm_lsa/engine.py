@@ -208,12 +208,12 @@ class LsaEngine:
             "live_requests": len(self.mirror.requests),
             "host_blocks": self.store.num_blocks,
             "evictions": self.pool.evictions,
-            **self._counted(),
+            **self.counted(),
         }
         for name, value in values.items():
             self._metrics.set(name, value)
 
-    def _counted(self) -> dict[str, float]:
+    def counted(self) -> dict[str, float]:
         """Metrics that only grow, less the pool's."""
         counts, transfers = self.lookahead.counts, self.transfers.counts
         return {

@@ -1,4 +1,4 @@
-"""The demand of a step: what each lane's attention asks for, what comes in and what leaves. See `residency.replacement`.
+"""The demand of a step: what each lane's attention asks for, what comes in, what leaves. See `residency.replacement`.
 
 A lane is decided by one program, which is alone in writing the lane's list, so its scalar steps need barriers only.
 """

@@ -50,7 +50,8 @@ def write_rows_kernel(
         tl.store(pool + to_slot + dims, key, mask=inside)
         tl.store(pool + to_slot + LANE_HEADS * CHUNK * DIM + dims, value, mask=inside)
     if KEEP_QUERY:
-        to_query = queries + tl.load(query_row + row).to(tl.int64) * query_stride + layer * tl.num_programs(1) * GROUP * DIM
+        to_query = queries + tl.load(query_row + row).to(tl.int64) * query_stride
+        to_query += layer * tl.num_programs(1) * GROUP * DIM
         for g in range(GROUP):
             at = (head * GROUP + g) * DIM + dims
             tl.store(to_query + at, tl.load(q + source * q_stride + at, mask=inside), mask=inside)

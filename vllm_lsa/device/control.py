@@ -1,4 +1,4 @@
-"""What the host decides for sets that live on the device: who keeps everything, who owns which slots, when sets change.
+"""What the host decides of sets that live on the device: who keeps everything, who owns what, when sets change.
 
 The host knows which slots a request owns, never what the kernels keep in them, so it does not wait for the device.
 """
@@ -23,8 +23,8 @@ _STRIDE = 37  # coprime to common periods: the cycles of requests that began tog
 
 @dataclass
 class _State:
-    """row: of the buffer of last queries. slots: of a whole request's chunks, [lanes, n] each. tail: its last chunk that
-    was looked after. set_row: of `DeviceSets`, -1 for none; owned: all of its slots, owned_counts: by lane.
+    """row: of the buffer of last queries. slots: of a whole request's chunks, [lanes, n] each. tail: its last chunk
+    that was looked after. set_row: of `DeviceSets`, -1 for none; owned: all of its slots, owned_counts: by lane.
     """
 
     row: int
@@ -108,10 +108,6 @@ class DeviceControl:
     def is_whole(self, request: Request) -> bool:
         return self._states[request].whole
 
-    def is_decode(self, request: Request) -> bool:
-        """Whether this step's token attends to a resident set; tokens of a prompt attend to the whole history."""
-        state = self._states[request]
-        return request.num_scheduled == 1 and (state.whole or request.num_computed >= request.num_prompt)
 
     def owned(self, request: Request) -> np.ndarray:
         """Slots of each lane of a request on a budget, int64 [lanes]."""
@@ -143,7 +139,7 @@ class DeviceControl:
         # Tails first: a tail without a slot is read from the host at every step.
         for row in sorted(rows, key=lambda r: r.length):
             request, state = row.request, self._states[row.request]
-            if not state.whole and self.is_decode(request):
+            if not state.whole and request.num_scheduled == 1 and request.num_computed >= request.num_prompt:
                 selections += self._on_budget(request, state)
             if state.whole:
                 self._grow(request, state)

@@ -78,7 +78,8 @@ class DeviceEngine(LsaEngine):
         self.sets = DeviceSets.empty(rows, row_pages, num_pages, g, device)
         self._row_data = torch.zeros(4, rows, dtype=torch.int32, device=device)
         table = torch.zeros(rows, g.blocks(self._max_model_len), dtype=torch.int32, device=device)
-        self._rows = DeviceRows(*self._row_data, table)
+        token, length, state, query_row = self._row_data
+        self._rows = DeviceRows(token, length, state, query_row, table)
         self._slot_of = torch.full((self.store.num_pages,), -1, dtype=torch.int32, device=device)
         self._lane_page = torch.from_numpy(self.store.lane_offset).to(device)
         self._scratch = DecodeScratch.empty(rows, g, self._max_model_len, device)
@@ -128,8 +129,8 @@ class DeviceEngine(LsaEngine):
         block_table: torch.Tensor | None = None,
         padded: int = 0,
     ) -> DevicePlan:
-        """block_table: int32 [rows, >= blocks] on the device, the engine's own; by default made from the mirror's. padded:
-        decode rows of the CUDA graph that is to run the step, or 0."""
+        """block_table: int32 [rows, >= blocks] on the device, the engine's own; by default made from the mirror's.
+        padded: decode rows of the CUDA graph that is to run the step, or 0."""
         assert self.store is not None
         start, placed = 0, []
         for name, length in rows:
@@ -139,8 +140,9 @@ class DeviceEngine(LsaEngine):
         pages, slots = self.pool.changes()
         if len(pages):
             self._slot_of[self._upload(pages)] = self._upload(slots)
-        decodes = [i for i, row in enumerate(placed) if self.control.is_decode(row.request)]
-        prefills = [row for row in placed if not self.control.is_decode(row.request)]
+        # A prompt's single token is one as well: it has no set, so it attends to all of its history, slots or not.
+        decodes = [i for i, row in enumerate(placed) if row.length == 1]
+        prefills = [row for row in placed if row.length > 1]
         self._fill_rows([placed[i] for i in decodes], decodes, block_table, len(rows))
         count = max(padded, len(decodes))
         step = DevicePlan(self._rows.first(count), requests=[placed[i].request.id for i in decodes])
@@ -277,9 +279,10 @@ class DeviceEngine(LsaEngine):
         g, config, rows, sets = self.geometry, self.config, plan.rows, self.sets
         pool, host = self.pool.pages, self.store.pages
         ops.write_rows(q, k, v, pool, host, rows, self._slot_of, sets, layer, g, self._queries)
-        for index, parts in self._parts:
-            encode_decoded(host, rows, parts[layer], layer, g, _codec(index, layer))
-        if (index := self._demand.index) is not None:
+        for encoded, parts in self._parts:
+            encode_decoded(host, rows, parts[layer], layer, g, _codec(encoded, layer))
+        index = self._demand.index
+        if index is not None:
             cells = self.layout.part(self._cells[layer], index)
             tables: dict[str, Any] = {}
             if isinstance(index, ProductIndex):
@@ -328,7 +331,7 @@ class DeviceEngine(LsaEngine):
             self._counters[1:].copy_(self._incoming, non_blocking=True)
         super().close_step()
 
-    def _counted(self) -> dict[str, float]:
+    def counted(self) -> dict[str, float]:
         demanded, selected = self._counters.tolist()
         moved = (demanded + selected + self._fetched) * self.geometry.page_bytes
         return {

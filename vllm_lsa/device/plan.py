@@ -13,9 +13,10 @@ from vllm_lsa.residency.plan import Row
 class PrefillPlan:
     """Rows that attend to their whole history.
 
-    rows, histories: one each. page0: int64 [t], page in lane 0 of each of the step's tokens, -1 where it is no prompt's;
-    offset: int32 [t], in the chunk. whole: chunks that the step fills from first to last, as (first token, block, chunk
-    in the block), int32 [m] each; begun: those that an earlier step began, as (page in lane 0 int64, block, chunk).
+    rows, histories: one each. page0: int64 [t], page in lane 0 of each of the step's tokens, -1 where it is no
+    prompt's; offset: int32 [t], in the chunk. whole: chunks that the step fills from first to last, as (first token,
+    block, chunk in the block), int32 [m] each; begun: those that an earlier step began, as (page in lane 0 int64,
+    block, chunk).
     last_token, query_row: int64 [rows], where the last query is and where it goes.
     """
 
@@ -31,8 +32,8 @@ class PrefillPlan:
 
 @dataclass
 class DevicePlan:
-    """rows: the decode rows, padding included: views of buffers that keep their addresses. demands: whether any of them
-    may be on a budget. requests: names of those that are real, in order.
+    """rows: the decode rows, padding included: views of buffers that keep their addresses. requests: names of those
+    that are real, in order.
     """
 
     rows: DeviceRows

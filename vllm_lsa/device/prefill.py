@@ -1,4 +1,4 @@
-"""Attention of a prompt's tokens to a part of their keys, and its union with others: torch's kernels, or an engine's."""
+"""Attention of a prompt's tokens to a part of their keys, and the union of such parts."""
 
 from typing import Protocol
 

@@ -8,12 +8,12 @@ from vllm_lsa.device.state import PAGE, DeviceSets
 def apply_selection(
     sets: DeviceSets, row: int, mask: torch.Tensor, owned: torch.Tensor, blocks: torch.Tensor, lane_page: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace a row's set by the chunks of `mask` and its tail. What stays keeps its slot; what comes takes the slots of
-    what leaves, and spare ones.
+    """Replace a row's set by the chunks of `mask` and its tail. What stays keeps its slot; what comes takes the slots
+    of what leaves, and spare ones.
 
-    mask: bool [lanes, N], the row's N full chunks; the tail is chunk N and entry counts - 1. owned: int32 [lanes], slots
-    of each lane, at least one more than it keeps. blocks: int64 [N] block of each chunk times lanes times chunks per
-    block, plus the chunk's number in it: its page in lane 0. lane_page: int64 [lanes], what a lane adds to a page.
+    mask: bool [lanes, N], the row's N full chunks; the tail is chunk N and entry counts - 1. owned: int32 [lanes],
+    slots of each lane, at least one more than it keeps. blocks: int64 [N], each chunk's page in lane 0. lane_page:
+    int64 [lanes], what a lane adds to a page.
     Returns what has to be copied, page int64 and slot int32 [lanes, E], -1 where nothing is.
     """
     lanes, full = mask.shape

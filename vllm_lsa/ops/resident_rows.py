@@ -1,7 +1,7 @@
 """The operations of a decode step on the device, besides attention and scores. Capturable in a CUDA graph.
 
-All take the pool ``[S, 2, lane_heads, C, D]`` and the host pages ``[M, 2, lane_heads, C, D]`` of one dtype. Kernels reach
-the host pages from the pool's address: both are in one address space once the host memory is pinned.
+All take the pool ``[S, 2, lane_heads, C, D]`` and the host pages ``[M, 2, lane_heads, C, D]`` of one dtype. Kernels
+reach the host pages from the pool's address: both are in one address space once the host memory is pinned.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ COPY_TILE = 4096
 
 
 def host_delta(pool: torch.Tensor, host_pages: torch.Tensor) -> int:
-    """Elements from the pool's first to the host store's. Raises ValueError if kernels could not use 16-byte accesses."""
+    """Elements from the pool's first to the host store's. Raises ValueError if kernels cannot load 16 bytes at once."""
     require(pool.dtype == host_pages.dtype, f"pool and host pages differ in dtype: {pool.dtype}, {host_pages.dtype}")
     require(
         pool.is_contiguous() and host_pages.is_contiguous() and pool.shape[1:] == host_pages.shape[1:],
@@ -79,7 +79,8 @@ def write_tokens(
 ) -> None:
     """Write-through of tokens of prompts: into their host pages, and into the slots of those that have one.
 
-    k, v: [T, Hkv, D]. page0: int64 [T], the token's page in lane 0, -1 to leave it out. offset: int32 [T], in the chunk.
+    k, v: [T, Hkv, D]. page0: int64 [T], the token's page in lane 0, -1 to leave it out. offset: int32 [T], its place in
+    the chunk.
     """
     from vllm_lsa.kernels.write import write_tokens_kernel
 
@@ -102,7 +103,8 @@ def advance(rows: DeviceRows, sets: DeviceSets, geometry: KVGeometry) -> None:
         return
     lanes = geometry.num_lanes
     advance_kernel[(len(rows.length),)](
-        rows.length, rows.state, sets.pages, sets.counts, sets.chunk, sets.held, sets.usage, sets.pages.stride(0), lanes,
+        rows.length, rows.state, sets.pages, sets.counts, sets.chunk, sets.held, sets.usage, sets.pages.stride(0),
+        lanes,
         CHUNK=geometry.chunk_tokens, PAGE=PAGE, LANES_PAD=_power_of_two(lanes), num_warps=4,
     )  # fmt: skip
 
@@ -111,8 +113,8 @@ def advance(rows: DeviceRows, sets: DeviceSets, geometry: KVGeometry) -> None:
 class DemandScratch:
     """What demand needs beside the sets, for up to n rows: what to copy, and room for the search.
 
-    victims: int32 [n, G, most + 1]. page: int64 [n, G, most], slot: int32 [n, G, most], -1 where nothing is to be copied.
-    demanded: int64 [1], chunks since the start. logits: fp32 [state pages, Hq, PAGE].
+    victims: int32 [n, G, most + 1]. page: int64 [n, G, most], slot: int32 [n, G, most], -1 where nothing is to be
+    copied. demanded: int64 [1], chunks since the start. logits: fp32 [state pages, Hq, PAGE].
     """
 
     victims: torch.Tensor

@@ -7,6 +7,7 @@ import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadata,
     AttentionMetadataBuilder,
@@ -16,6 +17,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
+from vllm_lsa.device.plan import DevicePlan
 from vllm_lsa.engine import index_layout
 from vllm_lsa.errors import LsaError
 from vllm_lsa.plugin.runtime import Runtime
@@ -26,7 +28,7 @@ from vllm_lsa.residency.plan import StepPlan
 class LsaMetadata(AttentionMetadata):
     """One step's plan; None in dummy and profiling runs, which must not touch any state."""
 
-    plan: StepPlan | None
+    plan: StepPlan | DevicePlan | None
 
 
 class LsaBackend(AttentionBackend):
@@ -79,10 +81,19 @@ class LsaMetadataBuilder(AttentionMetadataBuilder[LsaMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._runtime = Runtime.of(vllm_config)
 
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Decode steps are captured whole on a CUDA device."""
+        on_gpu = vllm_config.device_config.device_type == "cuda"
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if on_gpu else AttentionCGSupport.NEVER
+
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> LsaMetadata:
         return LsaMetadata(self._runtime.plan(common_attn_metadata))
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> LsaMetadata:
+        return LsaMetadata(self._runtime.plan_capture(common_attn_metadata.num_reqs))
 
 
 class LsaImpl(AttentionImpl[LsaMetadata]):

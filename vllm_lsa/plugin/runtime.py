@@ -11,6 +11,9 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_lsa.config import GIB, LsaConfig
+from vllm_lsa.device.engine import DeviceEngine
+from vllm_lsa.device.plan import DevicePlan
+from vllm_lsa.device.prefill import PrefillAttention, TorchPrefill
 from vllm_lsa.engine import LsaEngine
 from vllm_lsa.errors import LsaError
 from vllm_lsa.memory.geometry import KVGeometry
@@ -46,7 +49,7 @@ class Runtime:
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.config = LsaConfig.parse(vllm_config.additional_config)
         self.vllm_config = vllm_config
-        self.engine: LsaEngine | None = None
+        self.engine: LsaEngine | DeviceEngine | None = None
         self.host_blocks = 0
         self._layers: dict[str, int] = {}
         self._runner: Any = None
@@ -83,7 +86,7 @@ class Runtime:
         slots = self.config.pool_slots(geometry, self.host_blocks)
         # One process may hold several engines, each with a worker of rank 0.
         name = f"{self.vllm_config.parallel_config.rank}-{self.vllm_config.instance_id}"
-        self.engine = LsaEngine(
+        arguments = (
             self.config,
             geometry,
             impl.scale,
@@ -92,6 +95,10 @@ class Runtime:
             self.device,
             MetricsWriter(plugin_metrics.directory(), name),
         )
+        if self.device.type == "cuda":
+            self.engine = DeviceEngine(*arguments, self.vllm_config.model_config.max_model_len, prefill(geometry))
+        else:
+            self.engine = LsaEngine(*arguments)
         logger.info(
             "LSA: host store %d blocks (%.2f GiB), device pool %d slots (%.2f GiB), budget %g, indexer %s, "
             "lookahead %s, demand %s",
@@ -135,7 +142,13 @@ class Runtime:
             self._runner = None
             self.engine.close_step()
 
-    def plan(self, common: CommonAttentionMetadata) -> StepPlan | None:
+    def plan_capture(self, num_rows: int) -> DevicePlan | None:
+        """A plan to capture a CUDA graph with; None while vLLM only measures what capturing takes."""
+        if isinstance(self.engine, DeviceEngine) and self.engine.store is not None:
+            return self.engine.plan_capture(num_rows)
+        return None
+
+    def plan(self, common: CommonAttentionMetadata) -> StepPlan | DevicePlan | None:
         """Plan the open step; None when there is none (dummy and capture runs)."""
         if self.engine is None or self._runner is None:
             return None
@@ -143,7 +156,12 @@ class Runtime:
         names = self._row_names(common)
         if self.config.check != "off":
             self._check(common, names)
-        return self.engine.plan(list(zip(names, lengths, strict=False)))
+        rows = list(zip(names, lengths, strict=False))
+        if isinstance(self.engine, DeviceEngine):
+            # One token each: a full CUDA graph may run the step, with as many rows as it was captured for.
+            padded = common.num_reqs if common.max_query_len == 1 else 0
+            return self.engine.plan(rows, common.block_table_tensor, padded)
+        return self.engine.plan(rows)
 
     def _row_names(self, common: CommonAttentionMetadata) -> list[str]:
         """Request ids in the order of the batch; both model runners keep one, in different places."""
@@ -160,7 +178,7 @@ class Runtime:
             self.engine.mirror.check(name, tables[i], lengths[i])
 
     def attend(
-        self, layer_name: str, plan: StepPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
+        self, layer_name: str, plan: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
     ) -> None:
         assert self.engine is not None
         self.engine.attend(plan, self._layers[layer_name], q, k, v, out)
@@ -170,6 +188,15 @@ class Runtime:
         self._by_config.pop(id(self.vllm_config.compilation_config), None)
         if self.engine is not None:
             self.engine.close()
+
+
+def prefill(geometry: KVGeometry) -> PrefillAttention:
+    """vLLM's FlashAttention where it takes the dtype, else torch's kernels."""
+    if geometry.dtype == torch.float32:
+        return TorchPrefill()
+    from vllm_lsa.plugin.prefill import FlashPrefill
+
+    return FlashPrefill(geometry.head_dim)
 
 
 def _hook_worker() -> None:
