@@ -74,7 +74,7 @@ class DeviceSimulation(Simulation):
 def test_attention_equals_plain_attention_over_the_same_sets(indexer, demand):
     simulation = DeviceSimulation(config(indexer=indexer, demand=demand, budget=0.2), slots=LAYERS * HKV * 40)
     drive(simulation)
-    assert simulation.decodes > 100 and (indexer == "keep_all" or simulation.sparse_decodes > 50)
+    assert simulation.decodes > 100 and (indexer == "keep_all" or simulation.sparse_decodes > 30)
     simulation.leak_check()
 
 
@@ -85,7 +85,7 @@ def test_a_trained_checkpoint_serves(tmp_path, sets, demand, lookahead):
     settings = config(indexer=str(folder), demand=demand, lookahead=lookahead, sets=sets, budget=0.3, demand_chunks=2)
     simulation = DeviceSimulation(settings, slots=LAYERS * 45 * settings.layer_lanes(HKV), seed=5)
     drive(simulation)
-    assert simulation.sparse_decodes > 50
+    assert simulation.sparse_decodes > 30
     assert (int(simulation.engine._wanted.demanded) > 0) == (demand != "off")
     simulation.leak_check()
 

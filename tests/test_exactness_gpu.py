@@ -66,7 +66,7 @@ def test_with_everything_kept_the_tokens_are_those_of_a_stock_backend(stock, tmp
 
 @pytest.mark.parametrize("demand", ["off", "mean_key"])
 def test_graphs_and_poison_change_nothing_in_sparse_mode(tmp_path, demand):
-    """The same sets and the same tokens, whether kernels are launched or replayed and whatever lies in unused memory."""
+    """The same tokens, whether kernels are launched or replayed and whatever lies in unused memory."""
     tokens = [prompts.of_length(n) for n in (700, 1500)]
     outputs = []
     for eager, check in ((True, "off"), (True, "poison"), (False, "off"), (False, "poison")):

@@ -70,3 +70,26 @@ def write(name: str, folder: Path) -> Path:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / file, target / file)
     return target
+
+
+def write_random(folder: Path, layers: int = 4, q_heads: int = 8, kv_heads: int = 4, head_dim: int = 64) -> Path:
+    """Write a Llama with seeded random fp32 weights, without a tokenizer (vocabulary: 512 token ids); returns folder.
+
+    Its queries and keys are large enough for attention that is neither even nor on one token alone.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=layers, head_dim=head_dim,
+        num_attention_heads=q_heads, num_key_value_heads=kv_heads, max_position_embeddings=8192,
+        initializer_range=0.06, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).float()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= 2
+            layer.self_attn.k_proj.weight *= 2
+    model.save_pretrained(folder)
+    return folder
