@@ -20,6 +20,9 @@ from vllm_lsa.memory.geometry import KVGeometry
 CHUNK, BLOCK = 16, 16
 """Tokens of a chunk, and of a block as vLLM has it on a GPU."""
 
+FIRST_WORD = 3
+"""Token ids below are special."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -88,7 +91,7 @@ class Shape:
     def prompts(self, count: int, tokens: int, seed: int = 0) -> list[list[int]]:
         """Random token ids, no two prompts alike."""
         random = np.random.default_rng(seed)
-        return [random.integers(2, self.vocab, tokens).tolist() for _ in range(count)]
+        return [random.integers(FIRST_WORD, self.vocab, tokens).tolist() for _ in range(count)]
 
     def write(self, folder: Path | None = None, tokenizer: bool = False) -> Path:
         """The model's folder, by default always the same one, so that what torch.compile cached for it is found again.
@@ -106,11 +109,11 @@ class Shape:
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
-        words = {"<s>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, self.vocab)}}
-        model = Tokenizer(models.WordLevel(words, unk_token="w2"))
+        words = {"<s>": 0, "</s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(FIRST_WORD, self.vocab)}}
+        model = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
         model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         PreTrainedTokenizerFast(
-            tokenizer_object=model, bos_token="<s>", eos_token="</s>", unk_token="w2",
+            tokenizer_object=model, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
             model_max_length=self.max_positions, clean_up_tokenization_spaces=False,
         ).save_pretrained(folder)  # fmt: skip
 
