@@ -2,10 +2,12 @@
 
 import csv
 import datetime
+import json
 import platform
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -64,3 +66,31 @@ def write_csv(path: Path, rows: list[dict[str, Any]], notes: dict[str, Any]) -> 
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_rows(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Rows of CSV files of `write_csv`, or of files with one JSON object a line; numbers as floats."""
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+        rows += map(json.loads, lines) if path.suffix == ".jsonl" else csv.DictReader(lines)
+    return [{key: _number(value) for key, value in row.items()} for row in rows]
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot that needs no display. Ends the program with one line where there is no matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("plots need matplotlib: pip install matplotlib, or plot the CSV where it is installed")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

@@ -13,6 +13,7 @@ import torch
 
 from vllm_lsa.indexer import IndexerConfig, MemoryIndexer
 from vllm_lsa.indexer.checkpoint import CONFIG, fingerprint_of
+from vllm_lsa.indexer.indexer_config import DemandIndex
 from vllm_lsa.indexer.product import ProductTables
 from vllm_lsa.indexer.rotary import RopeConfig, inverse_frequencies
 from vllm_lsa.memory.geometry import KVGeometry
@@ -69,9 +70,7 @@ class Shape:
     def geometry(self, layer_lanes: int | None = None) -> KVGeometry:
         """Of its KV cache in bf16, on one rank; one set per KV head by default."""
         lanes = self.kv_heads if layer_lanes is None else layer_lanes
-        return KVGeometry(
-            self.layers, self.heads, self.kv_heads, self.head_dim, torch.bfloat16, BLOCK, CHUNK, lanes
-        )
+        return KVGeometry(self.layers, self.heads, self.kv_heads, self.head_dim, torch.bfloat16, BLOCK, CHUNK, lanes)
 
     @property
     def layer_parameters(self) -> int:
@@ -142,7 +141,7 @@ class Shape:
             usage=True,
             chunk_tokens=CHUNK,
             period=64,
-            demand_index={"kind": "product", "subspaces": subspaces, "file": "product.safetensors"},
+            demand_index=DemandIndex(kind="product", subspaces=subspaces, file="product.safetensors"),
         )
         MemoryIndexer(config, inverse_frequencies(self.head_dim, self.rope_theta)).save(folder)
         return folder
