@@ -46,7 +46,8 @@ def test_checkpoint_is_of_this_model(made):
     assert trained.tables.subspaces == shape.head_dim // 8
     assert (config.period, config.chunk_tokens, config.demand) == (64, 16, "product")
     validate = pytest.importorskip("vllm_lsa.plugin.validate")
-    vllm_config = SimpleNamespace(model_config=SimpleNamespace(model=str(model), hf_config=None))
+    model_config = SimpleNamespace(model=str(model), hf_config=None, get_total_num_kv_heads=lambda: shape.kv_heads)
+    vllm_config = SimpleNamespace(model_config=model_config, parallel_config=SimpleNamespace(world_size=1))
     validate._check_backbone(vllm_config, config, shape.geometry())
 
 
@@ -65,3 +66,42 @@ def test_prompts_differ():
     shape = SHAPES["llama-8b"]
     one, other = shape.prompts(2, 50)
     assert one != other and shape.prompts(2, 50) == [one, other] and max(one) < shape.vocab
+
+
+def test_memory_is_enough_for_the_sets(made):
+    from benchmarks import engines
+
+    shape, model, _ = made
+    tokens = shape.max_positions
+    loads = [engines.Load(2, tokens), engines.Load(16, 2048)]
+    for name, base in engines.CONFIGURATIONS.items():
+        if base is None:
+            assert engines.stock_kv_bytes(shape, loads, tokens) >= 2 * tokens * shape.geometry().token_bytes
+            continue
+        settings = engines.lsa_settings(shape, name, loads, model, {}, tokens)
+        config = LsaConfig.parse({"lsa": settings})
+        geometry = shape.geometry()
+        blocks = config.host_blocks(geometry, tokens, 1)
+        assert blocks >= 2 * geometry.blocks(tokens) + 1
+        share = config.pool_slots(geometry, blocks) / (2 * geometry.chunks(tokens) * geometry.num_lanes)
+        whole = 16 * geometry.chunks(2048) / (2 * geometry.chunks(tokens))
+        budget = max(shape.budgets[config.demand == "product"], whole)
+        assert share >= 1 if name == "resident" else budget < share < 1.1 * budget
+
+
+def test_cases_of_one_context_follow_each_other():
+    from argparse import Namespace
+
+    from benchmarks.gpu_decode import groups
+
+    args = Namespace(cases=[(4, 131072), (1, 2048), (1, 131072)], skip=8, steps=100, profile=None)
+    planned = groups(args)
+    assert [(context, batches) for context, batches, _ in planned] == [(131072, [1, 4]), (2048, [1])]
+    assert planned[0][2] >= 2 * 108 + 3 * 131072 // 8192
+
+
+def test_most_together():
+    from benchmarks.serve import most_together
+
+    result = {"start_times": [0, 0, 5], "ttfts": [1, 2, 1], "itls": [[1, 1], [0.5, 3], []]}
+    assert most_together(result) == 2
