@@ -82,7 +82,8 @@ def _slots(config: LsaConfig, geometry: Any, load: Load) -> int:
 def stock_kv_bytes(shape: Shape, loads: Sequence[Load], max_len: int) -> int:
     geometry = shape.geometry()
     blocks = max(geometry.blocks(max_len), *(load.requests * geometry.blocks(load.tokens) for load in loads))
-    return (blocks + 4) * geometry.block_bytes
+    spare = 1 + 8 * max(load.requests for load in loads)  # the null block, and blocks of up to 128 tokens
+    return (blocks + spare) * geometry.block_bytes
 
 
 def make_llm(args: argparse.Namespace, name: str, loads: Sequence[Load]) -> Any:
