@@ -1,8 +1,10 @@
 """`python -m tests.generate SPEC OUT`: run scenarios on one engine and write the tokens they gave.
 
-SPEC: {"llm": arguments of LLM, "scenarios": [...]}. A scenario is {"name", "prompts": [token ids, …], "max_tokens",
-"together": all in one batch or one after the other, "abort": {prompt index: after so many tokens}}.
-OUT: {name: [tokens, …]} and "counts" of the LSA engine.
+SPEC: {"llm": arguments of LLM, "scenarios": [...], "trace": whether to keep checksums of the sets}. A scenario is
+{"name", "prompts": [token ids, …], "max_tokens", "together": all in one batch or one after the other, "abort": {prompt
+index: after so many tokens}}.
+OUT: {name: [tokens, …]}, "preemptions", "prefix_hits" (tokens), "counts" of the LSA engine (of rank 0), "ranks" with
+the reports of all ranks, and "metrics", summed over them.
 """
 
 import json
@@ -11,13 +13,16 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 
+from tests import rank_state
 from tests.paths import MODEL
+from vllm_lsa.metrics import read_all
+from vllm_lsa.plugin import metrics as plugin_metrics
 
 
 def run_batch(llm: LLM, scenario: dict[str, Any]) -> list[list[int]]:
     """All prompts at once, stepping the engine by hand so that requests can be aborted on the way."""
     engine = llm.llm_engine
-    params = SamplingParams(temperature=0, max_tokens=scenario["max_tokens"], ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=scenario["max_tokens"], ignore_eos=True, detokenize=False)
     abort = {f"{scenario['name']}-{index}": after for index, after in scenario.get("abort", {}).items()}
     tokens: dict[str, list[int]] = {}
     for index, prompt in enumerate(scenario["prompts"]):
@@ -43,7 +48,9 @@ def main() -> None:
         seed=0,
         disable_log_stats=False,
     )
-    llm = LLM(str(MODEL), **{**defaults, **spec["llm"]})
+    llm = LLM(**{"model": str(MODEL), **defaults, **spec["llm"]})
+    if spec.get("trace"):
+        llm.collective_rpc(rank_state.watch)
     result: dict[str, Any] = {}
     for scenario in spec["scenarios"]:
         if scenario["together"]:
@@ -56,21 +63,12 @@ def main() -> None:
             result[scenario["name"]] = [run_batch(llm, single)[0] for single in singles]
     metrics = {metric.name: metric for metric in llm.llm_engine.get_metrics()}
     result["preemptions"] = int(metrics["vllm:num_preemptions"].value)
+    result["prefix_hits"] = int(metrics["vllm:prefix_cache_hits"].value)
     if spec["llm"].get("attention_backend") == "LSA":
-        from vllm_lsa.plugin.runtime import Runtime
-
-        engine = Runtime.latest().engine
         llm.llm_engine.step()
-        counted = engine.counted()
-        result["counts"] = {
-            "pinned": engine.pool.num_pinned,
-            "live": len(engine.mirror.requests),
-            "cycles": counted["cycles"],
-            "streamed": counted["bytes_streamed"],
-            "fetched": counted["bytes_fetched"],
-            "demanded": counted["chunks_demanded"],
-            "missed": counted["chunks_missed"],
-        }
+        result["ranks"] = llm.collective_rpc(rank_state.report)
+        result["counts"] = result["ranks"][0]["counts"]
+        result["metrics"] = read_all(plugin_metrics.directory())
     json.dump(result, open(sys.argv[2], "w"))
 
 

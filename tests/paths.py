@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,13 @@ IN_PROCESS = {
 }
 
 
-def run_module(module: str, spec: dict[str, Any], folder: Path, timeout: float) -> Any:
-    """Run `python -m MODULE spec.json out.json` and return what it wrote; its log is shown when it fails."""
+def run_module(
+    module: str, spec: dict[str, Any], folder: Path, timeout: float, env: Mapping[str, str] | None = None
+) -> Any:
+    """Run `python -m MODULE spec.json out.json` and return what it wrote; its log is shown when it fails.
+
+    env: environment variables besides IN_PROCESS.
+    """
     assert MODEL.exists(), f"{MODEL} is missing: run `make model`"
     folder.mkdir(parents=True, exist_ok=True)
     source, target, log = folder / "spec.json", folder / "out.json", folder / "log.txt"
@@ -32,7 +38,7 @@ def run_module(module: str, spec: dict[str, Any], folder: Path, timeout: float) 
             cwd=ROOT,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **IN_PROCESS},
+            env={**os.environ, **IN_PROCESS, **(env or {})},
             timeout=timeout,
         )
     assert code == 0, f"{module} failed:\n{log.read_text()[-4000:]}"

@@ -6,6 +6,7 @@ import torch
 
 from tests.device_state import State
 from tests.kernels import DEVICE, load
+from vllm_lsa.device.state import NEXT, DeviceRefresh
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.ops import resident_rows as ops
 from vllm_lsa.residency.replacement import Replacement
@@ -160,3 +161,66 @@ def test_advance_gives_a_new_chunk_to_every_lane():
             assert s.read_lane(i, lane)[0][-1] == (length - 1) // 8
             assert s.by_chunk(s.sets.held, i, lane, g.chunks(length))[-1] == 1
             assert not new or s.by_chunk(s.sets.usage, i, lane, g.chunks(length))[-1] == 0
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_refresh_reaches_the_selected_set(lanes, seed):
+    """Call it until nothing comes any more: sets are then what was selected, as far as the rule lets chunks go."""
+    g = geometry(lanes)
+    s = State(g, LENGTHS, BUDGET, seed=seed)
+    rows = len(LENGTHS) + 2
+    state = DeviceRefresh.empty(rows, len(s.sets.chunk), g, DEVICE)
+    sink, recency, most_used = 1, 2, 0.08
+    sparse = [i for i, length in enumerate(LENGTHS) if BUDGET[i] and length]
+    target = s.rng.integers(0, 2, tuple(s.sets.chunk.shape)).astype(np.uint8)
+    state.target.copy_(s.put(target))
+    free = iter(range(s.num_slots, 10**6))
+    spare: dict[tuple[int, int], list[int]] = {}
+    for i in sparse:
+        row = int(s.rows.state[i])
+        state.selected[row] = (LENGTHS[i] - 1) // 8 - 1
+        for lane in range(2 * lanes):
+            spare[i, lane] = [next(free) for _ in range(1 + (i + lane) % NEXT)]
+            mine = spare[i, lane] + [-1] * (NEXT - len(spare[i, lane]))
+            s.rng.shuffle(mine)
+            state.slot[row, lane] = s.put(np.array(mine, np.int32))
+    before = {(i, lane): s.read_lane(i, lane) for i in sparse for lane in range(2 * lanes)}
+    content = {}  # what each slot holds, as the copies say
+    for key, (chunks, slots, _) in before.items():
+        content.update({(key, slot): chunk for chunk, slot in zip(chunks, slots, strict=True)})
+    for _ in range(60):
+        ops.refresh(s.rows, s.sets, state, g, sink=sink, recency=recency, most_used=most_used, block=64)
+        copies = int((state.copy_slot >= 0).sum())
+        for i in sparse:
+            row = int(s.rows.state[i])
+            for lane in range(2 * lanes):
+                chunks, slots, owned = s.read_lane(i, lane)
+                assert all(content[(i, lane), t] == c for c, t in zip(chunks, slots, strict=True))
+                assert len(set(chunks)) == len(chunks) == len(before[i, lane][0])
+                assert chunks[-1] == (LENGTHS[i] - 1) // 8
+                mine = state.slot[row, lane].cpu().numpy()
+                assert sorted([*owned, *mine[mine >= 0]]) == sorted([*before[i, lane][2], *spare[i, lane]])
+                held = s.by_chunk(s.sets.held, i, lane, g.chunks(LENGTHS[i]))
+                assert (held == np.isin(np.arange(len(held)), chunks)).all()
+                for item in range(NEXT):
+                    slot, chunk = int(state.copy_slot[i, lane, item]), int(state.chunk[row, lane, item])
+                    assert (slot >= 0) == (chunk >= 0) and slot in [-1, *mine]
+                    if slot >= 0:
+                        assert int(state.copy_page[i, lane, item]) == s.page(i, np.array([chunk]), lane)[0]
+                        content[(i, lane), slot] = chunk
+        if not copies:
+            break
+    assert not copies
+    for i in sparse:
+        full = (LENGTHS[i] - 1) // 8
+        known = full - 1
+        for lane in range(2 * lanes):
+            old, now = before[i, lane][0], s.read_lane(i, lane)[0]
+            chosen = s.by_chunk(state.target, i, lane, full + 1) == 1
+            used = s.by_chunk(s.sets.usage, i, lane, full + 1)
+            may = [c for c in old if sink <= c < min(full - recency, known) and not chosen[c] and used[c] <= most_used]
+            want = [c for c in range(known) if chosen[c] and c not in old]
+            came, left = set(now) - set(old), set(old) - set(now)
+            assert came <= set(want) and left <= set(may) and len(came) == min(len(may), len(want))
+    assert (state.copy_slot[[i for i in range(9) if i not in sparse]] == -1).all()

@@ -81,7 +81,7 @@ def write_random(folder: Path, layers: int = 4, q_heads: int = 8, kv_heads: int 
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=layers, head_dim=head_dim,
+        vocab_size=512, hidden_size=32 * q_heads, intermediate_size=512, num_hidden_layers=layers, head_dim=head_dim,
         num_attention_heads=q_heads, num_key_value_heads=kv_heads, max_position_embeddings=8192,
         initializer_range=0.06, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from vllm_lsa.ops.dense import attend_with_lse
 from vllm_lsa.ops.merge_states import merge_states
 from vllm_lsa.ops.paged_decode import paged_decode_attention
 from vllm_lsa.residency.demand.base import Demand
+from vllm_lsa.residency.peers import Peers
 from vllm_lsa.residency.plan import DecodeRow, Row, StepPlan
 from vllm_lsa.residency.replacement import Replacement
 from vllm_lsa.residency.requests import Request
@@ -40,7 +41,9 @@ class LayerAttention:
         demand: Demand,
         replacement: Replacement,
         queries: torch.Tensor,
+        peers: Peers | None = None,
     ) -> None:
+        """peers: the ranks that hold heads of the same sets."""
         self._geometry = geometry
         self._scale = scale
         self._pool = pool
@@ -48,6 +51,7 @@ class LayerAttention:
         self._layout = layout
         self._demand = demand
         self._replacement = replacement
+        self._peers = peers or Peers()
         self._half = 0
         self.queries = queries
         self.cells: list[torch.Tensor] = []
@@ -113,7 +117,8 @@ class LayerAttention:
         group = g.layer_lanes
         first = layer * group
         cells = self._layout.part(self.cells[layer], self._demand.index)
-        mass = self._demand.mass(query, cells, row.blocks, full, self._scale, layer, group).cpu().numpy()
+        shares = self._demand.mass(query, cells, row.blocks, full, self._scale, layer, group)
+        mass = self._peers.combine(shares, "mean").cpu().numpy()
         usage = row.usage.note(slice(first, first + group), mass)
         resident, store = row.resident, self._transfers.store
         chosen = [

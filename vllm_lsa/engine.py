@@ -7,20 +7,23 @@ import torch
 
 from vllm_lsa.attention import LayerAttention
 from vllm_lsa.config import LsaConfig
+from vllm_lsa.errors import LsaError
 from vllm_lsa.indexer.layout import IndexLayout
 from vllm_lsa.indexer.trained import Trained, find, load
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.memory.host_store import HostStore
 from vllm_lsa.memory.slot_pool import SlotPool
 from vllm_lsa.memory.transfers import Transfers, make_transfers
-from vllm_lsa.metrics import MetricsWriter
+from vllm_lsa.metrics import PER_GROUP, MetricsWriter
 from vllm_lsa.ops.native import gather_cells
 from vllm_lsa.residency.demand import make_demand
+from vllm_lsa.residency.demand.base import Demand
 from vllm_lsa.residency.lookahead import LookaheadScheduler
+from vllm_lsa.residency.peers import Peers
 from vllm_lsa.residency.plan import Row, StepPlan
 from vllm_lsa.residency.planner import plan_step
 from vllm_lsa.residency.policies import make_policy
-from vllm_lsa.residency.policies.base import ScoreInput
+from vllm_lsa.residency.policies.base import LookaheadPolicy, ScoreInput
 from vllm_lsa.residency.replacement import Replacement
 from vllm_lsa.residency.requests import Request, RequestMirror, StepUpdate
 from vllm_lsa.residency.selection import select
@@ -30,19 +33,32 @@ from vllm_lsa.residency.usage import Usage
 STAGING_TOKENS = 8192
 
 
-def load_trained(config: LsaConfig, device: torch.device) -> Trained | None:
-    """The checkpoint that `indexer` names, None if it names a policy. Raises LsaError in one line."""
+def load_trained(config: LsaConfig, device: torch.device, rank: int = 0, ranks: int = 1) -> Trained | None:
+    """The checkpoint that `indexer` names, None if it names a policy: the heads of one rank of a tensor-parallel group.
+
+    Raises LsaError in one line if it cannot be read, or if its scorers cannot be divided over so many ranks.
+    """
     folder = find(config.indexer)
-    return None if folder is None else load(folder, str(device))
+    if folder is None:
+        return None
+    trained = load(folder, str(device), rank, ranks)
+    if config.lookahead == "indexer" and ranks > 1 and not trained.indexer_is_divided:
+        raise LsaError(
+            f"lsa.indexer={config.indexer!r} has scorers for {trained.config.kv_heads} KV heads, which "
+            f"--tensor-parallel-size {ranks} does not divide: use fewer ranks, or lsa.lookahead='usage'"
+        )
+    return trained
 
 
 def index_layout(
     config: LsaConfig, chunk_tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> IndexLayout:
     """The index cell that the configured policy and demand need, shared where they use the same index."""
-    trained = load_trained(config, device)
-    policy = make_policy(config.policy, chunk_tokens, head_dim, dtype, trained)
-    demand = make_demand(config.demand, chunk_tokens, head_dim, dtype, trained)
+    kind = (chunk_tokens, head_dim, dtype, load_trained(config, device))
+    return _layout(make_policy(config.policy, *kind), make_demand(config.demand, *kind))
+
+
+def _layout(policy: LookaheadPolicy, demand: Demand) -> IndexLayout:
     return IndexLayout([index for index in (policy.index, demand.index) if index is not None])
 
 
@@ -67,6 +83,8 @@ class LsaEngine:
     ) -> None:
         self.config = config
         self.geometry = geometry
+        # The plugin says before `attach` who they are.
+        self.peers = Peers()
         self.mirror = RequestMirror(geometry.block_tokens)
         self._scale = scale
         self._device = device
@@ -75,11 +93,11 @@ class LsaEngine:
         self._max_requests = max_requests
         self._poison = config.check == "poison"
         kind = (geometry.chunk_tokens, geometry.head_dim, geometry.dtype)
-        trained = load_trained(config, device)
+        trained = load_trained(config, device, geometry.rank, geometry.ranks)
         self._policy = make_policy(config.policy, *kind, trained)
         self._demand = make_demand(config.demand, *kind, trained)
         self._layer_weights = None if trained is None else trained.config.layer_weights
-        self.layout = index_layout(config, *kind, device)
+        self.layout = _layout(self._policy, self._demand)
         self.pool = SlotPool(geometry, num_slots, self._staging_pages(), device, self._poison)
         self._queries = torch.zeros(
             max_requests,
@@ -117,6 +135,7 @@ class LsaEngine:
                 self.config.recency_chunks,
             ),
             self._queries,
+            self._set_peers,
         )
         self._cells = self.attention.cells = list(cells)
         self.lookahead = LookaheadScheduler(
@@ -127,8 +146,14 @@ class LsaEngine:
             self._select,
             self._max_requests,
             self._layer_weights,
+            self.peers.agree,
         )
         self.close_step()  # pool and store have their sizes on /metrics before the first request
+
+    @property
+    def _set_peers(self) -> Peers:
+        """The ranks that hold heads of the same sets."""
+        return Peers() if self.config.sets == "per_head" else self.peers
 
     def _attach_store(self, num_blocks: int) -> None:
         self.store = HostStore(self.geometry, num_blocks, pin=self._device.type == "cuda")
@@ -210,6 +235,8 @@ class LsaEngine:
             "evictions": self.pool.evictions,
             **self.counted(),
         }
+        if self.geometry.rank:
+            values |= dict.fromkeys(PER_GROUP, 0)
         for name, value in values.items():
             self._metrics.set(name, value)
 
@@ -273,8 +300,10 @@ class LsaEngine:
                 request_seed=request.seed,
                 cycle=cycle,
                 device=self._device,
+                peers=self.peers,
             )
         )
+        scores = self._set_peers.combine(scores, config.mode)
         return select(
             scores,
             budget_chunks=torch.from_numpy(budget_chunks).to(self._device, non_blocking=True),

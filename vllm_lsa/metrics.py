@@ -33,7 +33,7 @@ METRICS = (
     Metric("pool_slots", "gauge", "slots", "Slots of the device pool"),
     Metric("slots_used", "gauge", "slots", "Slots that resident sets hold"),
     Metric("slots_cached", "gauge", "slots", "Slots that no set holds but whose chunk is still valid"),
-    Metric("live_requests", "gauge", "requests", "Requests that hold K and V, counted on every rank"),
+    Metric("live_requests", "gauge", "requests", "Requests that hold K and V"),
     Metric("host_blocks", "gauge", "blocks", "Blocks of the host store"),
     Metric("chunks_selected", "counter", "chunks", "Chunks that selections kept, over all sets"),
     Metric("chunks_demanded", "counter", "chunks", "Chunks that steps took into resident sets"),
@@ -46,6 +46,8 @@ METRICS = (
     Metric("cycles", "counter", "cycles", "Selections of requests"),
     Metric("evictions", "counter", "slots", "Cached chunks that made room for others"),
 )  # fmt: skip
+PER_GROUP = ("live_requests", "host_blocks", "cycles")
+"""What all ranks of a tensor-parallel group share: its first one reports it, the others 0."""
 _PLACE = {metric.name: place for place, metric in enumerate(METRICS)}
 _SIZE = 8 * len(METRICS)
 _SUFFIX = ".metrics"

@@ -210,3 +210,103 @@ def pick_kernel(
         tl.debug_barrier()
         step += 1
     tl.store(counts + mine * lanes + lane, count)
+
+
+@triton.jit(do_not_specialize=["sink", "recency"])
+def refresh_kernel(
+    length, state, block_table, all_pages, counts, entry_chunk, entry_slot, held, usage, target,
+    selected, next_chunk, next_slot, victims, fetch_page, fetch_slot, brought,
+    table_stride, pages_stride, lanes, sink, recency, most_used,
+    NEXT: tl.constexpr, CHUNK: tl.constexpr, PER_BLOCK: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program for each row and lane of the model: brings a set nearer to the one that was selected.
+
+    First what was copied since the last call takes the places of chunks that were not selected, then the next ones to
+    copy are named. next_chunk, next_slot: int32 [set rows, lanes, NEXT], on their way, -1 for none, and the slots that
+    they come into, which are in no list. selected: int32 [set rows], chunks that the selection knew of. most_used:
+    what was used more than that stays. fetch_page, fetch_slot: [rows, lanes, NEXT].
+    """
+    row = tl.program_id(0)
+    lane = tl.program_id(1)
+    place = (row * lanes + lane) * NEXT
+    item = tl.arange(0, NEXT)
+    tl.store(fetch_slot + place + item, tl.full([NEXT], -1, tl.int32))
+    tokens = tl.load(length + row)
+    mine = tl.load(state + row)
+    if tokens == 0 or mine < 0:
+        return
+    full = (tokens - 1) // CHUNK
+    set_pages = all_pages + mine * pages_stride
+    known = tl.load(selected + mine)
+    count = tl.load(counts + mine * lanes + lane)
+    ours = (mine * lanes + lane) * NEXT + item
+    coming = tl.load(next_chunk + ours)
+    slot = tl.load(next_slot + ours)
+    have = coming >= 0
+    page = tl.load(set_pages + coming // PAGE, mask=have, other=0).to(tl.int64)
+    of_coming = (page * lanes + lane) * PAGE + coming % PAGE
+    good = have & (tl.load(held + of_coming, mask=have, other=1) == 0)
+    good = good & (tl.load(target + of_coming, mask=have, other=0) == 1)
+    rank = tl.cumsum(good.to(tl.int32), 0) - 1
+    wanted = tl.sum(good.to(tl.int32), 0)
+
+    found = 0
+    for begin in range(0, count - 1, BLOCK):
+        entry = begin + tl.arange(0, BLOCK)
+        valid = entry < count - 1
+        page = tl.load(set_pages + entry // PAGE, mask=valid, other=0).to(tl.int64)
+        chunk = tl.load(entry_chunk + (page * lanes + lane) * PAGE + entry % PAGE, mask=valid, other=0)
+        may = valid & (chunk >= sink) & (chunk < full - recency) & (chunk < known)
+        page = tl.load(set_pages + chunk // PAGE, mask=may, other=0).to(tl.int64)
+        of_lane = (page * lanes + lane) * PAGE + chunk % PAGE
+        may = may & (tl.load(target + of_lane, mask=may, other=1) == 0)
+        may = may & (tl.load(usage + of_lane, mask=may, other=float("inf")) <= most_used)
+        number = found + tl.cumsum(may.to(tl.int32), 0) - 1
+        tl.store(victims + place + number, entry, mask=may & (number < wanted))
+        found += tl.sum(may.to(tl.int32), 0)
+    tl.debug_barrier()
+    taken = tl.minimum(found, wanted)
+    swap = good & (rank < taken)
+    entry = tl.load(victims + place + rank, mask=swap, other=0)
+    page = tl.load(set_pages + entry // PAGE, mask=swap, other=0).to(tl.int64)
+    at = (page * lanes + lane) * PAGE + entry % PAGE
+    old_chunk = tl.load(entry_chunk + at, mask=swap, other=0)
+    old_slot = tl.load(entry_slot + at, mask=swap, other=-1)
+    page = tl.load(set_pages + old_chunk // PAGE, mask=swap, other=0).to(tl.int64)
+    tl.debug_barrier()
+    tl.store(entry_chunk + at, coming, mask=swap)
+    tl.store(entry_slot + at, slot, mask=swap)
+    tl.store(held + (page * lanes + lane) * PAGE + old_chunk % PAGE, tl.zeros([NEXT], tl.uint8), mask=swap)
+    tl.store(held + of_coming, tl.full([NEXT], 1, tl.uint8), mask=swap)
+    slot = tl.where(swap, old_slot, slot)
+    tl.store(next_slot + ours, slot)
+    tl.atomic_add(brought, taken.to(tl.int64))
+    tl.debug_barrier()
+
+    # The next ones: no more than there are chunks that may leave for them, in slots that there are.
+    tl.store(next_chunk + ours, tl.full([NEXT], -1, tl.int32))
+    room = tl.minimum(found - taken, tl.sum((slot >= 0).to(tl.int32), 0))
+    tl.debug_barrier()
+    begin = 0
+    named = 0
+    while (named < room) & (begin < known):
+        chunk = begin + tl.arange(0, BLOCK)
+        valid = chunk < known
+        page = tl.load(set_pages + chunk // PAGE, mask=valid, other=0).to(tl.int64)
+        of_lane = (page * lanes + lane) * PAGE + chunk % PAGE
+        comes = (tl.load(target + of_lane, mask=valid, other=0) == 1) & (
+            tl.load(held + of_lane, mask=valid, other=1) == 0
+        )
+        number = named + tl.cumsum(comes.to(tl.int32), 0) - 1
+        tl.store(victims + place + number, chunk, mask=comes & (number < room))
+        named += tl.sum(comes.to(tl.int32), 0)
+        begin += BLOCK
+    tl.debug_barrier()
+    usable = slot >= 0
+    number = tl.cumsum(usable.to(tl.int32), 0) - 1
+    give = usable & (number < tl.minimum(named, room))
+    chunk = tl.load(victims + place + number, mask=give, other=0)
+    tl.store(next_chunk + ours, chunk, mask=give)
+    block = tl.load(block_table + row.to(tl.int64) * table_stride + chunk // PER_BLOCK, mask=give, other=0).to(tl.int64)
+    tl.store(fetch_page + place + item, (block * lanes + lane) * PER_BLOCK + chunk % PER_BLOCK, mask=give)
+    tl.store(fetch_slot + place + item, slot, mask=give)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vllm_lsa.config import LsaConfig
-from vllm_lsa.device.state import PAGE, DeviceSets
+from vllm_lsa.device.state import NEXT, PAGE, DeviceRefresh, DeviceSets
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.memory.host_store import HostStore
 from vllm_lsa.memory.slot_pool import SlotPool
@@ -18,13 +18,16 @@ from vllm_lsa.residency.plan import Row
 from vllm_lsa.residency.requests import Request
 from vllm_lsa.residency.shares import Shares
 
+_LANE_SPARE = 64  # a lane has a slot for the background refresh per so many chunks of its cap
 _STRIDE = 37  # coprime to common periods: the cycles of requests that began together spread over the period
 
 
 @dataclass
 class _State:
     """row: of the buffer of last queries. slots: of a whole request's chunks, [lanes, n] each. tail: its last chunk
-    that was looked after. set_row: of `DeviceSets`, -1 for none; owned: all of its slots, owned_counts: by lane.
+    that was looked after. set_row: of `DeviceSets`, -1 for none; owned: all of its slots; owned_counts, spare_counts:
+    by lane, those of its list and those for what is on its way. resident: slots that it holds. refresh: decode steps
+    for which its set is still brought nearer to the selected one.
     """
 
     row: int
@@ -36,6 +39,9 @@ class _State:
     pages: list[int] = field(default_factory=list)
     owned: list[np.ndarray] = field(default_factory=list)
     owned_counts: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    spare_counts: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    resident: int = 0
+    refresh: int = 0
     chunks: int = 0
     short: bool = False
     selected: bool = False
@@ -72,6 +78,7 @@ class DeviceControl:
         pool: SlotPool,
         store: HostStore,
         sets: DeviceSets,
+        refresh: DeviceRefresh,
         rows: int,
         fetch: Callable[[np.ndarray, np.ndarray], None],
         layer_weights: Sequence[float] | None = None,
@@ -82,8 +89,9 @@ class DeviceControl:
         self._pool = pool
         self._store = store
         self._sets = sets
+        self._refresh = refresh
         self._fetch = fetch
-        self._shares = Shares(config, geometry, pool.num_slots, layer_weights)
+        self._shares = Shares(config, geometry, pool.num_slots, layer_weights, lambda caps: 1 + _spares(caps))
         self._free_rows = list(range(rows - 1, -1, -1))
         self._free_sets = list(range(sets.counts.shape[0] - 1, -1, -1))
         self._free_pages = list(range(sets.chunk.shape[0] - 1, -1, -1))
@@ -95,8 +103,7 @@ class DeviceControl:
     @property
     def num_resident(self) -> int:
         """Slots that live requests own or refer to, shared ones counted once per request."""
-        whole = sum(int((s >= 0).sum()) for state in self._states.values() for s in state.slots)
-        return whole + sum(int((s >= 0).sum()) for state in self._states.values() for s in state.owned)
+        return sum(state.resident for state in self._states.values())
 
     def row(self, request: Request) -> int:
         return self._states[request].row
@@ -104,6 +111,10 @@ class DeviceControl:
     def set_row(self, request: Request) -> int:
         """The request's row in `DeviceSets`; -1 while it is whole."""
         return self._states[request].set_row
+
+    def refreshes(self, request: Request) -> bool:
+        """Whether its set is being brought nearer to what was selected."""
+        return self._states[request].refresh > 0
 
     def is_whole(self, request: Request) -> bool:
         return self._states[request].whole
@@ -158,6 +169,7 @@ class DeviceControl:
         self._free_pages += state.pages
         state.slots, state.owned, state.pages = [], [], []
         state.tail, state.set_row, state.chunks, state.short = -1, -1, 0, False
+        state.resident = state.refresh = 0
 
     # -- whole requests ---------------------------------------------------------------------------------------------
 
@@ -173,7 +185,9 @@ class DeviceControl:
         wanted = fresh & written.reshape(-1)
         if wanted.any():
             self._fetch(pages.reshape(-1)[wanted], slots[wanted])
-        self.counts.chunks_missed += int((slots < 0).sum())
+        missed = int((slots < 0).sum())
+        self.counts.chunks_missed += missed
+        state.resident += len(slots) - missed
         state.slots.append(slots.reshape(pages.shape))
         state.tail = last
 
@@ -195,9 +209,11 @@ class DeviceControl:
         if state.set_row < 0:
             self._found(request, state)
         self._extend(request, state)
+        state.refresh = max(0, state.refresh - 1)
         if not starts:
             return []
         state.selected = True
+        state.refresh = 0 if first else period // 2
         self.counts.cycles += 1
         return [Selection(request, state.row, state.set_row, step // period, first)]
 
@@ -218,7 +234,10 @@ class DeviceControl:
         tail, offset = divmod(request.num_computed, self._geometry.chunk_tokens)
         state.set_row = self._free_sets.pop()
         state.owned_counts = np.zeros(self._geometry.num_lanes, np.int64)
+        state.spare_counts = np.zeros(self._geometry.num_lanes, np.int64)
         state.chunks = 0
+        self._refresh.chunk[state.set_row] = -1
+        self._refresh.slot[state.set_row] = -1
         self._extend(request, state)
         self._sets.counts[state.set_row] = int(offset > 0)
         if offset:
@@ -244,23 +263,40 @@ class DeviceControl:
         caps = self._shares.caps(chunks)
         sets.caps[state.set_row] = self._upload(caps.astype(np.int32))
         # One more than the cap: a new tail comes before what makes room for it leaves.
-        extra = np.maximum(caps + 1 - state.owned_counts, 0)
-        total = int(extra.sum())
-        if not total:
+        lane, entry = _more(state.owned_counts, caps + 1)
+        pages = np.array(state.pages, np.int64)
+        at = (pages[entry // PAGE] * lanes + lane) * PAGE + entry % PAGE
+        self._own(state, sets.slot, at)
+        state.owned_counts = np.maximum(state.owned_counts, caps + 1)
+        lane, entry = _more(state.spare_counts, _spares(caps))
+        self._own(state, self._refresh.slot, (state.set_row * lanes + lane) * NEXT + entry)
+        state.spare_counts = np.maximum(state.spare_counts, _spares(caps))
+
+    def _own(self, state: _State, buffer: torch.Tensor, at: np.ndarray) -> None:
+        """Give a request a slot for each place int64 [n] of a buffer."""
+        if not len(at):
             return
-        slots = self._pool.reserve(total)
+        slots = self._pool.reserve(len(at))
         missed = int((slots < 0).sum())
         if missed:
             state.short = True
             self.counts.chunks_missed += missed
-        lane = np.repeat(np.arange(lanes), extra)
-        entry = np.arange(total) - np.repeat(np.cumsum(extra) - extra, extra) + np.repeat(state.owned_counts, extra)
-        pages = np.array(state.pages, np.int64)
-        at = (pages[entry // PAGE] * lanes + lane) * PAGE + entry % PAGE
-        sets.slot.view(-1)[self._upload(at)] = self._upload(slots.astype(np.int32))
+        buffer.view(-1)[self._upload(at)] = self._upload(slots.astype(np.int32))
         state.owned.append(slots)
-        state.owned_counts = state.owned_counts + extra
+        state.resident += len(slots) - missed
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:
         # From pageable memory, which is read before the call returns, and without waiting for the device.
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._sets.counts.device, non_blocking=True)
+
+
+def _spares(caps: np.ndarray) -> np.ndarray:
+    """Slots of each lane for what is on its way, int64 [lanes]."""
+    return np.clip(caps // _LANE_SPARE, 1, NEXT)
+
+
+def _more(have: np.ndarray, want: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(lane, number) int64 [n] of everything from have up to want, both int64 [lanes]."""
+    extra = np.maximum(want - have, 0)
+    lane = np.repeat(np.arange(len(extra)), extra)
+    return lane, np.arange(len(lane)) - np.repeat(np.cumsum(extra) - extra, extra) + np.repeat(have, extra)

@@ -8,11 +8,12 @@ import torch
 
 from vllm_lsa.config import LsaConfig
 from vllm_lsa.device.control import DeviceControl, Selection
-from vllm_lsa.device.history import TILE_TOKENS, History, HistoryReader
+from vllm_lsa.device.history import FEW, TILE_TOKENS, History, HistoryReader
 from vllm_lsa.device.plan import DevicePlan, PrefillPlan
 from vllm_lsa.device.prefill import PrefillAttention, TorchPrefill
-from vllm_lsa.device.selection import apply_selection
-from vllm_lsa.device.state import PAGE, DeviceRows, DeviceSets
+from vllm_lsa.device.selection import apply_selection, by_chunk, first_step, write_by_chunk
+from vllm_lsa.device.stalls import StallClock
+from vllm_lsa.device.state import PAGE, DeviceRefresh, DeviceRows, DeviceSets
 from vllm_lsa.engine import LsaEngine
 from vllm_lsa.errors import LsaError
 from vllm_lsa.indexer.base import ChunkIndex
@@ -29,6 +30,8 @@ from vllm_lsa.residency.requests import Request
 from vllm_lsa.residency.usage import DECAY
 
 Tracer = Callable[[int, DevicePlan], None]
+MANY_COPIES = 1024
+"""Programs of a copy that the step has to wait for."""
 
 
 class DeviceEngine(LsaEngine):
@@ -76,10 +79,16 @@ class DeviceEngine(LsaEngine):
         # Live requests share blocks only by common prefixes: twice their chunks is room for many of those.
         num_pages = min(rows * row_pages, 2 * host_chunks // PAGE + 2 * rows)
         self.sets = DeviceSets.empty(rows, row_pages, num_pages, g, device)
-        self._row_data = torch.zeros(4, rows, dtype=torch.int32, device=device)
+        self.refresh = DeviceRefresh.empty(rows, num_pages, g, device)
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copied: torch.cuda.Event | None = None
+        self._stalls = StallClock(device)
+        self._row_data = torch.zeros(5, rows, dtype=torch.int32, device=device)
         table = torch.zeros(rows, g.blocks(self._max_model_len), dtype=torch.int32, device=device)
-        token, length, state, query_row = self._row_data
+        token, length, state, query_row, refreshed = self._row_data
         self._rows = DeviceRows(token, length, state, query_row, table)
+        # The same rows, where those whose sets need no refresh have none.
+        self._refreshed = DeviceRows(token, length, refreshed, query_row, table)
         self._slot_of = torch.full((self.store.num_pages,), -1, dtype=torch.int32, device=device)
         self._lane_page = torch.from_numpy(self.store.lane_offset).to(device)
         self._scratch = DecodeScratch.empty(rows, g, self._max_model_len, device)
@@ -102,13 +111,15 @@ class DeviceEngine(LsaEngine):
         self._fetched = 0
         self._incoming = torch.zeros(1, dtype=torch.int64, device=device)
         pinned = device.type == "cuda"
-        self._counters = torch.zeros(2, dtype=torch.int64, pin_memory=pinned)
+        self._counters = torch.zeros(3, dtype=torch.int64, pin_memory=pinned)
         self.control = DeviceControl(
-            config, g, self.pool, self.store, self.sets, rows, self._fetch, self._layer_weights
+            config, g, self.pool, self.store, self.sets, self.refresh, rows, self._fetch, self._layer_weights
         )
         self.close_step()
 
     def _leave(self, request: Request) -> None:
+        # What is still on its way must not come into a slot that has got another owner.
+        self._await_copies()
         self.control.leave(request)
 
     def _quiesce(self) -> None:
@@ -136,6 +147,7 @@ class DeviceEngine(LsaEngine):
         for name, length in rows:
             placed.append(Row(self.mirror.requests[name], start, length))
             start += length
+        self._await_copies()
         selections = self.control.prepare(placed)
         pages, slots = self.pool.changes()
         if len(pages):
@@ -150,6 +162,7 @@ class DeviceEngine(LsaEngine):
         ops.advance(real, self.sets, self.geometry)
         for selection in selections:
             self._renew(selection)
+        self._continue_refresh([placed[i].request for i in decodes])
         if prefills:
             step.prefill = self._plan_prefill(prefills, start)
             self._history.begin([h for h in step.prefill.histories if h.tokens])
@@ -158,11 +171,13 @@ class DeviceEngine(LsaEngine):
     def _fill_rows(
         self, decodes: list[Row], places: list[int], block_table: torch.Tensor | None, num_rows: int
     ) -> None:
-        data = np.zeros((4, self._max_requests), np.int32)
-        data[2] = -1
+        data = np.zeros((5, self._max_requests), np.int32)
+        data[2] = data[4] = -1
         for i, row in enumerate(decodes):
             request = row.request
-            data[:, i] = (row.start, request.length, self.control.set_row(request), self.control.row(request))
+            set_row = self.control.set_row(request)
+            refreshed = set_row if self.control.refreshes(request) else -1
+            data[:, i] = (row.start, request.length, set_row, self.control.row(request), refreshed)
         self._row_data.copy_(torch.from_numpy(data), non_blocking=True)
         n, table = len(decodes), self._rows.block_table
         if not n:
@@ -228,16 +243,57 @@ class DeviceEngine(LsaEngine):
         full = request.num_computed // g.chunk_tokens
         usage = None
         if self._demand.index is not None:
-            pages = self.sets.pages[row].long()
-            usage = self.sets.usage[pages].transpose(0, 1).flatten(1)[:, :full].contiguous()
+            usage = by_chunk(self.sets, row, self.sets.usage, full).contiguous()
         mask = self._choose(request, selection.row, full, self.control.selectable(request), selection.cycle, usage)
+        if not selection.first:
+            write_by_chunk(self.sets, row, self.refresh.target, mask.to(torch.uint8))
+            self.refresh.selected[row] = full
+            self.refresh.chunk[row] = -1
+            mask = first_step(self.sets, row, mask)
         blocks = self._upload(self.store.page_ids(request.blocks, np.arange(full + 1)))
         owned = self._upload(self.control.owned(request).astype(np.int32))
         page, slot = apply_selection(self.sets, row, mask, owned, blocks, self._lane_page)
         if selection.first and request.num_computed % g.chunk_tokens:
             self._add_tail(row, full, page, slot, blocks)
         self._incoming += (slot >= 0).sum()
-        ops.fetch(self.pool.pages, self.store.pages, page.contiguous(), slot.contiguous(), 4096)
+        self._stalls.start()
+        ops.fetch(self.pool.pages, self.store.pages, page.contiguous(), slot.contiguous(), MANY_COPIES)
+        self._stalls.stop()
+
+    def _continue_refresh(self, requests: list[Request]) -> None:
+        """Put what was copied beside the last step into its sets, and copy the next chunks beside this one."""
+        if not any(self.control.refreshes(request) for request in requests):
+            return
+        assert self.store is not None
+        config, rows, state = self.config, self._refreshed.first(len(requests)), self.refresh
+        demands = self._demand.index is not None
+        ops.refresh(
+            rows, self.sets, state, self.geometry,
+            sink=config.sink_chunks, recency=config.recency_chunks,
+            most_used=config.demand_threshold if demands else float("inf"),
+        )  # fmt: skip
+        n = len(requests)
+        copies = (self.pool.pages, self.store.pages, state.copy_page[:n], state.copy_slot[:n], FEW)
+        if self._side is None:
+            ops.fetch(*copies)
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            ops.fetch(*copies)
+            self._copied = torch.cuda.Event()
+            self._copied.record(self._side)
+
+    def _await_copies(self) -> None:
+        """Work submitted from here on comes after the copies beside the last step; a wait for them is a stall."""
+        if self._copied is None:
+            return
+        late = not self._copied.query()
+        if late:
+            self._stalls.start()
+        torch.cuda.current_stream().wait_event(self._copied)
+        if late:
+            self._stalls.stop()
+        self._copied = None
 
     def _add_tail(
         self, row: int, tail: int, page: torch.Tensor, slot: torch.Tensor, blocks: torch.Tensor
@@ -254,7 +310,7 @@ class DeviceEngine(LsaEngine):
         assert self.store is not None
         self._fetched += len(pages)
         ops.fetch(
-            self.pool.pages, self.store.pages, self._upload(pages), self._upload(slots.astype(np.int32)), 4096
+            self.pool.pages, self.store.pages, self._upload(pages), self._upload(slots.astype(np.int32)), MANY_COPIES
         )
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:
@@ -328,18 +384,20 @@ class DeviceEngine(LsaEngine):
         # Counts of the step before, or of one before that: nobody waits for them.
         if self.store is not None:
             self._counters[:1].copy_(self._wanted.demanded, non_blocking=True)
-            self._counters[1:].copy_(self._incoming, non_blocking=True)
+            self._counters[1:2].copy_(self._incoming, non_blocking=True)
+            self._counters[2:].copy_(self.refresh.brought, non_blocking=True)
         super().close_step()
 
     def counted(self) -> dict[str, float]:
-        demanded, selected = self._counters.tolist()
-        moved = (demanded + selected + self._fetched) * self.geometry.page_bytes
+        demanded, selected, refreshed = self._counters.tolist()
+        moved = (demanded + selected + refreshed + self._fetched) * self.geometry.page_bytes
         return {
-            "chunks_selected": selected,
+            "chunks_selected": selected + refreshed,
             "chunks_demanded": demanded,
             "chunks_missed": self.control.counts.chunks_missed,
             "bytes_fetched": moved,
             "bytes_streamed": self._history.bytes_streamed,
+            "stall_seconds": self._stalls.seconds,
             "cycles": self.control.counts.cycles,
         }
 

@@ -57,3 +57,31 @@ def apply_selection(
     write(sets.held, held)
     sets.counts[row] = (kept + coming + 1).flatten().int()
     return page + lane_page[:, None], torch.where(is_new, new_slot, -1)
+
+
+def by_chunk(sets: DeviceSets, row: int, paged: torch.Tensor, count: int) -> torch.Tensor:
+    """A row's values of a buffer by chunk, [lanes, count]."""
+    return paged[sets.pages[row].long()].transpose(0, 1).flatten(1)[:, :count]
+
+
+def write_by_chunk(sets: DeviceSets, row: int, paged: torch.Tensor, values: torch.Tensor) -> None:
+    """Put [lanes, count] values of a row's first chunks into a buffer by chunk."""
+    pages = sets.pages[row, : -(-values.shape[1] // PAGE)].long()
+    whole = torch.zeros(len(values), len(pages) * PAGE, dtype=paged.dtype, device=paged.device)
+    whole[:, : values.shape[1]] = values
+    paged[pages] = whole.view(len(values), -1, PAGE).transpose(0, 1)
+
+
+def first_step(sets: DeviceSets, row: int, mask: torch.Tensor) -> torch.Tensor:
+    """The set of the selected size that is nearest to the present one, bool [lanes, N] as mask: chunks that were not
+    selected hold the places of those that are still to come, newest first.
+    """
+    held = by_chunk(sets, row, sets.held, mask.shape[1]) == 1
+    extra, missing = held & ~mask, mask & ~held
+    waiting = torch.minimum(extra.sum(1), missing.sum(1))[:, None]
+    at_once = missing.sum(1)[:, None] - waiting
+
+    def newest(chunks: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
+        return chunks & (chunks.flip(1).cumsum(1).flip(1) <= most)
+
+    return (held & mask) | newest(extra, waiting) | newest(missing, at_once)

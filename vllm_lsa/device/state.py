@@ -88,3 +88,45 @@ class DeviceSets:
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for x in vars(self).values())
+
+
+NEXT = 8
+"""Most chunks of a lane that are on their way at a time when a set is renewed in the background; a power of two."""
+
+
+@dataclass
+class DeviceRefresh:
+    """How sets come to what was selected for their cycle while decoding goes on; see `ops.resident_rows.refresh`.
+
+    target: uint8 [pages, lanes, PAGE], by chunk: 1 where the selection keeps it. selected: int32 [rows], chunks that
+    the selection knew of. chunk, slot: int32 [rows, lanes, NEXT], what is on its way, -1 for none, and slots of the
+    lane's that are in no list, -1 where it has fewer. victims: int32 [n, lanes, NEXT], scratch. copy_page: int64 and
+    copy_slot: int32 [n, lanes, NEXT], what to copy now, -1 for nothing. brought: int64 [1], chunks since the start.
+    """
+
+    target: torch.Tensor
+    selected: torch.Tensor
+    chunk: torch.Tensor
+    slot: torch.Tensor
+    victims: torch.Tensor
+    copy_page: torch.Tensor
+    copy_slot: torch.Tensor
+    brought: torch.Tensor
+
+    @classmethod
+    def empty(cls, rows: int, num_pages: int, geometry: KVGeometry, device: torch.device) -> "DeviceRefresh":
+        """For as many sets as decode rows."""
+
+        def per_row(dtype: torch.dtype) -> torch.Tensor:
+            return torch.full((rows, geometry.num_lanes, NEXT), -1, dtype=dtype, device=device)
+
+        return cls(
+            target=torch.zeros(num_pages, geometry.num_lanes, PAGE, dtype=torch.uint8, device=device),
+            selected=torch.zeros(rows, dtype=torch.int32, device=device),
+            chunk=per_row(torch.int32),
+            slot=per_row(torch.int32),
+            victims=per_row(torch.int32),
+            copy_page=per_row(torch.int64),
+            copy_slot=per_row(torch.int32),
+            brought=torch.zeros(1, dtype=torch.int64, device=device),
+        )

@@ -22,6 +22,8 @@ from vllm_lsa.ops.native import require
 _EPS = 1e-6
 # Values of q·k that are held at a time, so that memory does not grow with a million tokens of past times the heads.
 _AT_ONCE = 1 << 24
+# Parameters with a row, or D of them, for each head.
+_BY_HEAD = {"wq_b.weight", "weights_proj.weight", "weights_bias", "usage_gain", "usage_floor", "age_gain"}
 
 
 class LayerIndexer(nn.Module):
@@ -222,6 +224,30 @@ class MemoryIndexer(nn.Module):
         """Write a checkpoint folder: config.json, model.safetensors and a model card. dtype: of the weights in it."""
         state = {name: x if name.endswith(".inv_freq") else x.to(dtype) for name, x in self.state_dict().items()}
         write_checkpoint(folder, self.config, state)
+
+    def part(self, rank: int, ranks: int) -> "MemoryIndexer":
+        """The scorers of one of `ranks` equal parts of the KV heads, which `ranks` must divide; frozen.
+
+        They read the whole input and the part's keys. `head_logits` are those of the part's heads; kind="shared": the
+        parts' `forward` add up to the whole's.
+        """
+        config = self.config
+        require(config.kv_heads % ranks == 0, f"{ranks} ranks do not divide {config.kv_heads} KV heads")
+        small = config.model_copy(update={"heads": config.heads // ranks, "kv_heads": config.kv_heads // ranks})
+        with torch.device("meta"):
+            part = MemoryIndexer(small, torch.zeros(config.rope.dims // 2))
+
+        def own(name: str, x: torch.Tensor) -> torch.Tensor:
+            field = name.split(".", 2)[2]  # after retrievers.l<layer>
+            if field == "weights_proj.weight":
+                x = x * ranks**-0.5  # the scorer divides by the root of how many heads it has
+            if field == "bias" and config.kind == "shared":
+                x = x / ranks
+            return x.chunk(ranks)[rank].contiguous() if field in _BY_HEAD else x
+
+        part.load_state_dict({name: own(name, x) for name, x in self.state_dict().items()}, assign=True)
+        part.source = self.source
+        return part.requires_grad_(False).eval()
 
     @property
     def layers(self) -> tuple[int, ...]:

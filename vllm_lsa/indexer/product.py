@@ -68,6 +68,11 @@ class ProductTables:
             return self
         return ProductTables(**moved, source=self.source)
 
+    def part(self, first: int, count: int) -> "ProductTables":
+        """Those of KV heads first, first + 1, … of every layer."""
+        heads = {name: x[:, first : first + count].contiguous() for name, x in self._tensors().items()}
+        return ProductTables(**heads, source=self.source)
+
     @classmethod
     def load(cls, path: str | Path) -> "ProductTables":
         """Read a .safetensors file, onto the CPU. Raises LsaError in one line if it does not hold product tables."""

@@ -18,15 +18,28 @@ SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A checkpoint. tables: of its demand index, None where it has none."""
+    """A checkpoint. tables: of its demand index, None where it has none. indexer_is_divided: over ranks, see `part`."""
 
     path: Path
     indexer: MemoryIndexer
     tables: ProductTables | None
+    indexer_is_divided: bool = False
 
     @property
     def config(self) -> IndexerConfig:
         return self.indexer.config
+
+    def part(self, rank: int, ranks: int) -> "Trained":
+        """What one of `ranks` tensor-parallel ranks needs, by its KV heads; see `indexer_is_divided`.
+
+        Where there are more ranks than KV heads, several hold the same one, as in vLLM. A scorer sums over the queries
+        that share a KV head, so then the indexer stays whole.
+        """
+        heads = self.config.kv_heads
+        indexer = self.indexer if heads % ranks else self.indexer.part(rank, ranks)
+        first = rank * heads // ranks
+        tables = None if self.tables is None else self.tables.part(first, max(1, heads // ranks))
+        return Trained(self.path, indexer, tables, indexer is not self.indexer)
 
     @cached_property
     def digest(self) -> str:
@@ -69,6 +82,6 @@ def read(path: Path, device: str | torch.device) -> Trained:
 
 
 @cache
-def load(folder: Path, device: str) -> Trained:
-    """`read`, once per process, so that the indexes of a checkpoint are equal."""
-    return read(folder, device)
+def load(folder: Path, device: str, rank: int = 0, ranks: int = 1) -> Trained:
+    """`read` and the `part` of a rank, once per process, so that the indexes of a checkpoint are equal."""
+    return read(folder, device) if ranks == 1 else read(folder, device).part(rank, ranks)

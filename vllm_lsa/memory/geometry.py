@@ -17,7 +17,8 @@ class KVGeometry:
 
     num_layers, num_kv_heads, num_q_heads: counts on this rank. head_dim: elements of one head. dtype: of K and V.
     block_tokens: tokens in a vLLM block. chunk_tokens: tokens in a chunk; divides block_tokens. layer_lanes: lanes of
-    each layer, 1 or num_kv_heads; lane i of layer l is number ``l * layer_lanes + i``.
+    each layer, 1 or num_kv_heads; lane i of layer l is number ``l * layer_lanes + i``. rank, ranks: place in the
+    tensor-parallel group, and its size.
     """
 
     num_layers: int
@@ -28,6 +29,8 @@ class KVGeometry:
     block_tokens: int
     chunk_tokens: int
     layer_lanes: int = 1
+    rank: int = 0
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         if self.block_tokens % self.chunk_tokens:

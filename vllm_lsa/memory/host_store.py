@@ -1,5 +1,8 @@
 """The whole KV cache in host memory: one row per vLLM block id, all layers of a block contiguous."""
 
+import math
+import mmap
+import os
 import weakref
 
 import numpy as np
@@ -20,7 +23,8 @@ class HostStore:
         self.geometry = geometry
         self.num_blocks = num_blocks
         self.num_pages = num_blocks * geometry.num_lanes * geometry.chunks_per_block
-        self.pages = torch.empty(self.num_pages, *geometry.page_shape, dtype=geometry.dtype)
+        shape = (self.num_pages, *geometry.page_shape)
+        self.pages = _huge(shape, geometry.dtype) if pin else torch.empty(shape, dtype=geometry.dtype)
         if pin:
             # Registered in place: torch's pinned allocator rounds up to a power of two. Memory that is freed while it
             # is registered cannot be registered by its next owner.
@@ -58,3 +62,18 @@ class HostStore:
     def poison(self, blocks: np.ndarray) -> None:
         """Fill blocks with NaN (check mode): what is read there was never written for its new owner."""
         self._blocks[torch.from_numpy(blocks.astype(np.int64))] = float("nan")
+
+
+def _huge(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A zeroed tensor in huge pages where the system has them: page-locking small ones takes minutes for 100 GiB."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        tensor.zero_()  # every thread touches its part first: that is when memory is given
+    finally:
+        torch.set_num_threads(threads)
+    return tensor.view(dtype).view(shape)

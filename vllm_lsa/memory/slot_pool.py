@@ -35,6 +35,8 @@ class SlotPool:
         self.arriving = np.zeros(num_slots, bool)
         self.settle: Callable[[], None] = lambda: None
         self.evictions = 0
+        self.num_pinned = 0
+        """Slots that some set refers to."""
         self._clock = 0
         self._free = np.arange(num_slots - 1, -1, -1, dtype=np.int64)
         self._num_free = num_slots
@@ -57,10 +59,6 @@ class SlotPool:
         return pages, self._slot_of[pages]
 
     @property
-    def num_pinned(self) -> int:
-        return int(np.count_nonzero(self.refs))
-
-    @property
     def num_cached(self) -> int:
         """Slots that hold a page no resident set refers to."""
         return self.num_slots - self._num_free - self.num_pinned
@@ -80,7 +78,9 @@ class SlotPool:
     def retain(self, pages: np.ndarray) -> np.ndarray:
         """Pin those of n distinct host pages that are resident. Returns their slots int64 [n], -1 for the others."""
         slots = self.lookup(pages)
-        self.refs[slots[slots >= 0]] += 1
+        here = slots[slots >= 0]
+        self.num_pinned += int(np.count_nonzero(self.refs[here] == 0))
+        self.refs[here] += 1
         return slots
 
     def acquire(self, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -97,6 +97,7 @@ class SlotPool:
             where = missing[: len(given)]
             self.owner[given] = pages[where]
             self.refs[given] = 1
+            self.num_pinned += len(given)
             self._slot_of[pages[where]] = given
             self._note(pages[where])
             slots[where] = given
@@ -110,6 +111,7 @@ class SlotPool:
         slots[: len(given)] = given
         self.owner[given] = RESERVED
         self.refs[given] = 1
+        self.num_pinned += len(given)
         return slots
 
     def give_back(self, slots: np.ndarray) -> None:
@@ -118,6 +120,7 @@ class SlotPool:
         if (self.owner[slots] != RESERVED).any():
             raise RuntimeError("a slot was given back that was not reserved")
         self.refs[slots] = 0
+        self.num_pinned -= len(slots)
         self._drop(slots)
 
     def release(self, slots: np.ndarray) -> None:
@@ -128,10 +131,11 @@ class SlotPool:
         np.subtract.at(self.refs, slots, 1)
         if (self.refs[slots] < 0).any():
             raise RuntimeError("a slot was released more often than it was acquired")
+        idle = np.unique(slots[self.refs[slots] == 0])
+        self.num_pinned -= len(idle)
         self._clock += 1
         self.last_used[slots] = self._clock
         if self.poison:
-            idle = np.unique(slots[self.refs[slots] == 0])
             self._drop(idle)
 
     def invalidate(self, pages: np.ndarray) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_lsa.device.state import PAGE, DeviceRows, DeviceSets
+from vllm_lsa.device.state import NEXT, PAGE, DeviceRefresh, DeviceRows, DeviceSets
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.ops.native import require
 
@@ -169,6 +169,36 @@ def pick(
         decay,
         MOST=scratch.slot.shape[2], CHUNK=g.chunk_tokens, PER_BLOCK=g.chunks_per_block, PAGE=PAGE,
         Q_HEADS=g.num_q_heads, LANE_Q=per_lane, LANE_Q_PAD=_power_of_two(per_lane), BLOCK=block, num_warps=8,
+    )  # fmt: skip
+
+
+def refresh(
+    rows: DeviceRows,
+    sets: DeviceSets,
+    state: DeviceRefresh,
+    geometry: KVGeometry,
+    *,
+    sink: int,
+    recency: int,
+    most_used: float,
+    block: int = 1024,
+) -> None:
+    """Once a step, before its first layer: bring the sets of all lanes nearer to what was selected.
+
+    The chunks that state.copy_page and copy_slot named at the last call must have been copied; they take the places of
+    chunks that were not selected, are neither sink nor recent and were used at most `most_used` of late. Then the next
+    ones are named, to be copied beside the step.
+    """
+    from vllm_lsa.kernels.demand import refresh_kernel
+
+    g = geometry
+    if not len(rows.length):
+        return
+    refresh_kernel[(len(rows.length), g.num_lanes)](
+        rows.length, rows.state, rows.block_table, sets.pages, sets.counts, sets.chunk, sets.slot, sets.held,
+        sets.usage, state.target, state.selected, state.chunk, state.slot, state.victims, state.copy_page,
+        state.copy_slot, state.brought, rows.block_table.stride(0), sets.pages.stride(0), g.num_lanes, sink, recency, most_used,
+        NEXT=NEXT, CHUNK=g.chunk_tokens, PER_BLOCK=g.chunks_per_block, PAGE=PAGE, BLOCK=block, num_warps=4,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from vllm_lsa.errors import LsaError
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.metrics import MetricsWriter
 from vllm_lsa.plugin import metrics as plugin_metrics
+from vllm_lsa.plugin import tensor_parallel
 from vllm_lsa.plugin.scheduler_output import step_update
 from vllm_lsa.plugin.validate import host_blocks
 from vllm_lsa.residency.plan import StepPlan
@@ -72,6 +73,7 @@ class Runtime:
                 f"--attention-backend LSA needs layers of one shape with K and V alike, this model has {shapes}"
             )
         self._layers = {name: index for index, name in enumerate(layers)}
+        rank, ranks = tensor_parallel.rank_and_size()
         geometry = KVGeometry(
             num_layers=len(layers),
             num_q_heads=impl.num_heads,
@@ -81,6 +83,8 @@ class Runtime:
             block_tokens=self.vllm_config.cache_config.block_size,
             chunk_tokens=self.config.chunk_tokens,
             layer_lanes=self.config.layer_lanes(impl.num_kv_heads),
+            rank=rank,
+            ranks=ranks,
         )
         self.host_blocks = host_blocks(self.vllm_config, self.config, geometry)
         slots = self.config.pool_slots(geometry, self.host_blocks)
@@ -99,6 +103,7 @@ class Runtime:
             self.engine = DeviceEngine(*arguments, self.vllm_config.model_config.max_model_len, prefill(geometry))
         else:
             self.engine = LsaEngine(*arguments)
+        self.engine.peers = tensor_parallel.peers()
         logger.info(
             "LSA: host store %d blocks (%.2f GiB), device pool %d slots (%.2f GiB), budget %g, indexer %s, "
             "lookahead %s, demand %s",

@@ -96,6 +96,7 @@ def check(vllm_config: VllmConfig) -> LsaConfig:
             f"--model {model.model}: a head size of {geometry.head_dim} is not a multiple of 16, which the kernels of "
             "--attention-backend LSA need: choose another model or backend"
         )
+    _check_ranks(vllm_config, config)
     index_layout(config, geometry.chunk_tokens, geometry.head_dim, geometry.dtype, torch.device("cpu"))
     _check_backbone(vllm_config, config, geometry)
     blocks = host_blocks(vllm_config, config, geometry)
@@ -129,11 +130,29 @@ def geometry_of(vllm_config: VllmConfig, config: LsaConfig) -> KVGeometry:
         block_tokens=block,
         chunk_tokens=config.chunk_tokens,
         layer_lanes=config.layer_lanes(heads),
+        ranks=parallel.tensor_parallel_size,
     )
 
 
+def _check_ranks(vllm_config: VllmConfig, config: LsaConfig) -> None:
+    """Raises LsaError if KV heads or sets cannot be divided over the tensor-parallel ranks."""
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    heads = vllm_config.model_config.get_total_num_kv_heads()
+    if heads % ranks and ranks % heads:
+        raise LsaError(
+            f"--tensor-parallel-size {ranks} neither divides the model's {heads} KV heads nor is a multiple of them: "
+            "choose a divisor or a multiple"
+        )
+    on_gpu = vllm_config.device_config.device_type == "cuda"
+    if on_gpu and ranks > 1 and config.sets != "per_head" and config.demand != "off":
+        raise LsaError(
+            f"lsa.sets={config.sets!r} with lsa.demand={config.demand!r} and --tensor-parallel-size {ranks} needs an "
+            "exchange between GPUs in every layer and step, which is not there: use sets=per_head or demand=off"
+        )
+
+
 def _check_backbone(vllm_config: VllmConfig, config: LsaConfig, geometry: KVGeometry) -> None:
-    """Raises LsaError if `indexer` is a checkpoint of another model, or if ranks hold only some of its heads."""
+    """Raises LsaError if `indexer` is a checkpoint of another model, or if it cannot be divided over the ranks."""
     trained = load_trained(config, torch.device("cpu"))
     if trained is None:
         return
@@ -146,11 +165,13 @@ def _check_backbone(vllm_config: VllmConfig, config: LsaConfig, geometry: KVGeom
             "see: train one that reads queries (vllm-lsa train)"
         )
     layers = geometry.num_layers if trained.tables is None else trained.tables.layers
-    if trained.config.kv_heads != geometry.num_kv_heads or layers != geometry.num_layers:
+    if trained.config.kv_heads != model.get_total_num_kv_heads() or layers != geometry.num_layers:
         raise LsaError(
-            f"lsa.indexer={config.indexer!r} is for whole models: it does not work with tensor or pipeline parallelism "
-            "yet: use one rank, or a training-free indexer"
+            f"lsa.indexer={config.indexer!r} is for {layers} layers of {trained.config.kv_heads} KV heads, and a rank "
+            f"has {geometry.num_layers} of {model.get_total_num_kv_heads()}: it does not work with pipeline "
+            "parallelism or another model: use one stage, or a training-free indexer"
         )
+    load_trained(config, torch.device("cpu"), 0, geometry.ranks)
 
 
 def host_blocks(vllm_config: VllmConfig, config: LsaConfig, geometry: KVGeometry) -> int:

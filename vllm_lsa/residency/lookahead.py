@@ -1,6 +1,6 @@
 """The lookahead scheduler: who keeps everything, who keeps a selected set, and when the sets change."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,8 +35,12 @@ class LookaheadCounts:
 
 @dataclass
 class _Pending:
-    """A set chosen ahead of its cycle; its chunks are on the way into slots that it already pins."""
+    """A set chosen ahead of its cycle; its chunks are on the way into slots that it already pins.
 
+    whole: everything was kept because it fitted when this was chosen.
+    """
+
+    whole: bool
     mask: np.ndarray
     chunks: list[np.ndarray]
     slots: list[np.ndarray]
@@ -73,13 +77,16 @@ class LookaheadScheduler:
         select: Selector,
         rows: int,
         layer_weights: Sequence[float] | None = None,
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
-        """layer_weights: how the budget is shared out over layers, mean 1; None for equal shares."""
+        """layer_weights: how the budget is shared out over layers, mean 1; None for equal shares.
+        agree: whether a value is true on all ranks, which call it together."""
         self._config = config
         self._geometry = geometry
         self._pool = pool
         self._transfers = transfers
         self._select = select
+        self._agree = agree
         self._shares = Shares(config, geometry, pool.num_slots, layer_weights)
         self._demands = config.demand != "off"
         self._free_rows = list(range(rows - 1, -1, -1))
@@ -204,6 +211,8 @@ class LookaheadScheduler:
                 self._refill(request, state.set)
             return
         if not state.selected or starts:
+            if state.pending and state.pending.whole and not self._fits_whole(request):
+                self._drop_pending(state)
             pending = state.pending or self._choose(request, state, step // self._config.period)
             self._apply(request, state, pending)
         elif self._config.lead and (step + self._config.lead) % self._config.period == 0:
@@ -212,7 +221,8 @@ class LookaheadScheduler:
     def _choose(self, request: Request, state: _State, cycle: int, ahead: bool = False) -> _Pending:
         """Select a set and start fetching what it lacks. When not `ahead`, the old set is given back first."""
         full = request.num_computed // self._geometry.chunk_tokens
-        if self._fits_whole(request):
+        whole = self._fits_whole(request)
+        if whole:
             mask = np.ones((self._geometry.num_lanes, full), bool)
         else:
             budget = self._shares.selected(full)
@@ -230,7 +240,7 @@ class LookaheadScheduler:
         self.counts.chunks_selected += len(chunks)
         self.counts.chunks_missed += int((slots < 0).sum())
         ends = np.cumsum(mask.sum(1))[:-1]
-        return _Pending(mask, np.split(chunks, ends), np.split(slots, ends), ticket)
+        return _Pending(whole, mask, np.split(chunks, ends), np.split(slots, ends), ticket)
 
     def _apply(self, request: Request, state: _State, pending: _Pending) -> None:
         """Make a chosen set the resident one: tail, chosen chunks, and what became full since the choice."""
@@ -252,7 +262,8 @@ class LookaheadScheduler:
         state.set = new
         state.pending = None
         state.selected = True
-        state.whole = bool((new.counts == new.tail + 1).all()) and self._fits_whole(request)
+        # Who is whole is all that ranks must agree on: lengths, caps and pool sizes are the same everywhere.
+        state.whole = self._fits_whole(request) and self._agree(bool((new.counts == new.tail + 1).all()))
 
     def _refill(self, request: Request, resident: ResidentSet) -> None:
         """Give slots to kept chunks that had none, as far as the pool has become free."""

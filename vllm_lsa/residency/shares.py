@@ -1,6 +1,6 @@
 """How the pool's slots are shared out: who keeps every chunk, and how many the others may."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -18,8 +18,11 @@ class Shares:
         geometry: KVGeometry,
         num_slots: int,
         layer_weights: Sequence[float] | None = None,
+        beside: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
-        """layer_weights: how the budget is shared out over layers, mean 1; None for equal shares."""
+        """layer_weights: how the budget is shared out over layers, mean 1; None for equal shares. beside: slots that a
+        lane on a budget takes beside its cap, from int64 [lanes] to such."""
+        self._beside = beside
         self._period = config.period
         self._geometry = geometry
         self._num_slots = num_slots
@@ -46,7 +49,10 @@ class Shares:
     def footprint(self, request: Request, whole: bool, ahead: int = 0) -> int:
         """Slots that a request may pin, `ahead` tokens from now."""
         chunks = self._geometry.chunks(request.length + ahead)
-        return self._geometry.num_lanes * chunks if whole else int(self.caps(chunks).sum())
+        if whole:
+            return self._geometry.num_lanes * chunks
+        caps = self.caps(chunks)
+        return int(caps.sum()) + (0 if self._beside is None else int(self._beside(caps).sum()))
 
     def overdrawn(self, wholes: Mapping[Request, bool]) -> list[Request]:
         """Those of the whole requests, largest first, that have to fall back to their budget for all to fit."""

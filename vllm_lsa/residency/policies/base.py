@@ -1,12 +1,13 @@
 """The contract of a lookahead policy."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 
 from vllm_lsa.indexer.base import ChunkIndex
+from vllm_lsa.residency.peers import Peers
 
 
 @dataclass
@@ -20,7 +21,8 @@ class ScoreInput:
     num_layers: L. layer_lanes: lanes of a layer, G; all lanes are L·G. num_chunks: N, the request's full chunks.
     position: tokens computed so far, that is the position of the next token. scale: of q·k in the softmax. mode:
     how heads combine.
-    request_seed: the same for a request in every process. cycle: counts the request's selections.
+    request_seed: the same for a request in every process. cycle: counts the request's selections. peers: the ranks that
+    hold the other heads; what is said above of heads is of this rank's.
     """
 
     query: torch.Tensor | None
@@ -35,6 +37,7 @@ class ScoreInput:
     request_seed: int
     cycle: int
     device: torch.device
+    peers: Peers = field(default_factory=Peers)
 
     @property
     def num_lanes(self) -> int:

@@ -31,29 +31,37 @@ class TrainedPolicy(LookaheadPolicy):
         self._rest = UsagePolicy(chunk_tokens, head_dim, dtype)
 
     def score(self, x: ScoreInput) -> torch.Tensor:
+        assert x.query is not None
+        every_query = x.peers.concatenate(x.query, 1)  # a scorer reads the queries of all heads of its layer
         if self._indexer.config.kind == "shared":
-            logits = {}
+            parts = []
             for layer in self._indexer.layers:
-                query, keys, position = self._input(x, layer)
-                logits[layer] = self._indexer.logits(layer, query, keys, position)
-            return self._indexer.ensemble(logits).repeat(x.num_lanes, 1)
+                query, keys, position = self._input(x, every_query, layer)
+                parts.append(self._indexer.logits(layer, query, keys, position))
+            logits = x.peers.total(torch.stack(parts))
+            return self._indexer.ensemble(dict(zip(self._indexer.layers, logits, strict=True))).repeat(x.num_lanes, 1)
         scores = self._rest.score(x).unflatten(0, (x.num_layers, x.layer_lanes))
         usage = None if x.usage is None else x.usage.unflatten(0, (x.num_layers, x.layer_lanes))
         counts = None if usage is None else torch.tensor([x.num_chunks], device=x.device)
         for layer in self._indexer.layers:
-            query, keys, position = self._input(x, layer)
+            query, keys, position = self._input(x, every_query, layer)
             seen = None if usage is None else usage[layer].expand(self._indexer.config.kv_heads, -1)[None]
             head_logits = self._indexer.layer(layer).head_logits(query, keys, position, seen, counts)
             shares = head_logits[0].softmax(-1).unflatten(0, (x.layer_lanes, -1))
             scores[layer] = shares.amax(1) if x.mode == "or" else shares.mean(1)
         return scores.flatten(0, 1)
 
-    def _input(self, x: ScoreInput, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of a scorer: query without RoPE [1, Hq · D], mean keys [N, Hkv, D] ([N, D] of one head), position [1]."""
-        assert x.query is not None and x.cells is not None
+    def _input(
+        self, x: ScoreInput, every_query: torch.Tensor, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of a scorer: query without RoPE [1, Hq · D], mean keys [N, Hkv, D] ([N, D] of one head), position [1].
+
+        every_query: [L, Hq, D], all ranks' heads; the keys are of this rank's.
+        """
+        assert x.cells is not None
         scorer, config = self._indexer.layer(layer), self._indexer.config
         last = torch.tensor([x.position - 1], device=x.device)
-        query = x.query[layer][None].float() / config.attention_scaling
+        query = every_query[layer][None].float() / config.attention_scaling
         query = rotate(query, last, scorer.inv_freq, config.rope, inverse=True).flatten(1)
         keys = self.index.mean_keys(x.cells[layer, : x.num_chunks], layer)
         # Aimed at the middle of the cycle.
