@@ -243,8 +243,9 @@ def refresh_kernel(
     coming = tl.load(next_chunk + ours)
     slot = tl.load(next_slot + ours)
     have = coming >= 0
-    page = tl.load(set_pages + coming // PAGE, mask=have, other=0).to(tl.int64)
-    of_coming = (page * lanes + lane) * PAGE + coming % PAGE
+    # Vectors of items have names of their own: those of a loop's blocks have another shape.
+    page_c = tl.load(set_pages + coming // PAGE, mask=have, other=0).to(tl.int64)
+    of_coming = (page_c * lanes + lane) * PAGE + coming % PAGE
     good = have & (tl.load(held + of_coming, mask=have, other=1) == 0)
     good = good & (tl.load(target + of_coming, mask=have, other=0) == 1)
     rank = tl.cumsum(good.to(tl.int32), 0) - 1
@@ -267,16 +268,16 @@ def refresh_kernel(
     tl.debug_barrier()
     taken = tl.minimum(found, wanted)
     swap = good & (rank < taken)
-    entry = tl.load(victims + place + rank, mask=swap, other=0)
-    page = tl.load(set_pages + entry // PAGE, mask=swap, other=0).to(tl.int64)
-    at = (page * lanes + lane) * PAGE + entry % PAGE
+    gap = tl.load(victims + place + rank, mask=swap, other=0)
+    page_g = tl.load(set_pages + gap // PAGE, mask=swap, other=0).to(tl.int64)
+    at = (page_g * lanes + lane) * PAGE + gap % PAGE
     old_chunk = tl.load(entry_chunk + at, mask=swap, other=0)
     old_slot = tl.load(entry_slot + at, mask=swap, other=-1)
-    page = tl.load(set_pages + old_chunk // PAGE, mask=swap, other=0).to(tl.int64)
+    page_o = tl.load(set_pages + old_chunk // PAGE, mask=swap, other=0).to(tl.int64)
     tl.debug_barrier()
     tl.store(entry_chunk + at, coming, mask=swap)
     tl.store(entry_slot + at, slot, mask=swap)
-    tl.store(held + (page * lanes + lane) * PAGE + old_chunk % PAGE, tl.zeros([NEXT], tl.uint8), mask=swap)
+    tl.store(held + (page_o * lanes + lane) * PAGE + old_chunk % PAGE, tl.zeros([NEXT], tl.uint8), mask=swap)
     tl.store(held + of_coming, tl.full([NEXT], 1, tl.uint8), mask=swap)
     slot = tl.where(swap, old_slot, slot)
     tl.store(next_slot + ours, slot)
@@ -303,10 +304,11 @@ def refresh_kernel(
         begin += BLOCK
     tl.debug_barrier()
     usable = slot >= 0
-    number = tl.cumsum(usable.to(tl.int32), 0) - 1
-    give = usable & (number < tl.minimum(named, room))
-    chunk = tl.load(victims + place + number, mask=give, other=0)
-    tl.store(next_chunk + ours, chunk, mask=give)
-    block = tl.load(block_table + row.to(tl.int64) * table_stride + chunk // PER_BLOCK, mask=give, other=0).to(tl.int64)
-    tl.store(fetch_page + place + item, (block * lanes + lane) * PER_BLOCK + chunk % PER_BLOCK, mask=give)
+    order = tl.cumsum(usable.to(tl.int32), 0) - 1
+    give = usable & (order < tl.minimum(named, room))
+    named_chunk = tl.load(victims + place + order, mask=give, other=0)
+    tl.store(next_chunk + ours, named_chunk, mask=give)
+    to_block = block_table + row.to(tl.int64) * table_stride + named_chunk // PER_BLOCK
+    block = tl.load(to_block, mask=give, other=0).to(tl.int64)
+    tl.store(fetch_page + place + item, (block * lanes + lane) * PER_BLOCK + named_chunk % PER_BLOCK, mask=give)
     tl.store(fetch_slot + place + item, slot, mask=give)

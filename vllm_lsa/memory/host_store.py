@@ -66,7 +66,8 @@ class HostStore:
 
 def _huge(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """A zeroed tensor in huge pages where the system has them: page-locking small ones takes minutes for 100 GiB."""
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    # Private: shared anonymous memory is a file in memory, which seldom gets huge pages.
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)

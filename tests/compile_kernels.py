@@ -1,0 +1,87 @@
+"""`python -m tests.compile_kernels`: compile every Triton kernel for Hopper without a GPU, as the wrappers launch it.
+
+The interpreter takes what the compiler refuses, such as a variable that changes its shape in a loop.
+"""
+
+import os
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
+    torch.uint8: "u8",
+}  # fmt: skip
+OPTIONS = ("num_warps", "num_stages")
+compiled: set[str] = set()
+
+
+def launch(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
+    options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+    given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for number, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[number,] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+            attributes[number,] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled.add(kernel.__name__)
+
+
+class Launcher:
+    def __init__(self, kernel: JITFunction) -> None:
+        self._kernel = kernel
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        launch(self._kernel, *args, **kwargs)
+
+
+def main() -> None:
+    JITFunction.__getitem__ = lambda self, grid: Launcher(self)  # type: ignore[assignment]
+    from tests.device_state import State
+    from vllm_lsa.device.state import DeviceRefresh
+    from vllm_lsa.memory.geometry import KVGeometry
+    from vllm_lsa.ops import resident_rows as ops
+
+    for dtype, dim, lanes in ((torch.bfloat16, 128, 8), (torch.float32, 80, 1)):
+        g = KVGeometry(2, 32, 8, dim, dtype, 16, 16, lanes)
+        s = State(g, [200, 0, 90], [True, False, False])
+        pool, host = s.pools(dtype)
+        q = torch.zeros(3, 32, dim, dtype=dtype)
+        k = torch.zeros(3, 8, dim, dtype=dtype)
+        queries = torch.zeros(3, 2, 32, dim, dtype=dtype)
+        scratch = ops.DemandScratch.empty(3, 8, len(s.sets.chunk), g, torch.device("cpu"))
+        refresh = DeviceRefresh.empty(5, len(s.sets.chunk), g, torch.device("cpu"))
+        page, offset = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int32)
+        ops.write_rows(q, k, k, pool, host, s.rows, s.slot_of, s.sets, 1, g, queries)
+        ops.write_tokens(k, k, pool, host, page, offset, s.slot_of, 1, g)
+        ops.advance(s.rows, s.sets, g)
+        ops.pick(s.rows, s.sets, scratch, 1, g, sink=1, recency=2, threshold=0.01, decay=0.7)
+        ops.refresh(s.rows, s.sets, refresh, g, sink=1, recency=2, most_used=0.01)
+        ops.fetch(pool, host, scratch.page, scratch.slot)
+        ops.gather_history(pool, host, s.rows.block_table[0], s.slot_of, k, k, 0, 1, 1, g, 16)
+    print("compiled", *sorted(compiled))
+    sys.exit(len(compiled) != 7)
+
+
+if __name__ == "__main__":
+    main()
