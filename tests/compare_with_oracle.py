@@ -31,7 +31,9 @@ CHECKPOINT = Path()
 TRAINED = "trained"  # an indexer of this name is the checkpoint that the spec names
 
 
-def every_index(config: LsaConfig, chunk: int, dim: int, dtype: torch.dtype, device: torch.device) -> IndexLayout:
+def every_index(
+    config: LsaConfig, chunk: int, dim: int, dtype: torch.dtype, device: torch.device, *rank: int
+) -> IndexLayout:
     parts = [make_policy(n, chunk, dim, dtype).index for n in ("mean_key", "quest")]
     parts.append(make_demand("four_bit", chunk, dim, dtype).index)
     parts.append(make_demand("product", chunk, dim, dtype, load(CHECKPOINT, str(device))).index)

@@ -17,13 +17,12 @@ from vllm_lsa.memory.transfers import Transfers, make_transfers
 from vllm_lsa.metrics import PER_GROUP, MetricsWriter
 from vllm_lsa.ops.native import gather_cells
 from vllm_lsa.residency.demand import make_demand
-from vllm_lsa.residency.demand.base import Demand
 from vllm_lsa.residency.lookahead import LookaheadScheduler
 from vllm_lsa.residency.peers import Peers
 from vllm_lsa.residency.plan import Row, StepPlan
 from vllm_lsa.residency.planner import plan_step
 from vllm_lsa.residency.policies import make_policy
-from vllm_lsa.residency.policies.base import LookaheadPolicy, ScoreInput
+from vllm_lsa.residency.policies.base import ScoreInput
 from vllm_lsa.residency.replacement import Replacement
 from vllm_lsa.residency.requests import Request, RequestMirror, StepUpdate
 from vllm_lsa.residency.selection import select
@@ -51,14 +50,13 @@ def load_trained(config: LsaConfig, device: torch.device, rank: int = 0, ranks: 
 
 
 def index_layout(
-    config: LsaConfig, chunk_tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> IndexLayout:
+    config: LsaConfig, chunk_tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device, rank: int = 0,
+    ranks: int = 1,
+) -> IndexLayout:  # fmt: skip
     """The index cell that the configured policy and demand need, shared where they use the same index."""
-    kind = (chunk_tokens, head_dim, dtype, load_trained(config, device))
-    return _layout(make_policy(config.policy, *kind), make_demand(config.demand, *kind))
-
-
-def _layout(policy: LookaheadPolicy, demand: Demand) -> IndexLayout:
+    trained = load_trained(config, device, rank, ranks)
+    policy = make_policy(config.policy, chunk_tokens, head_dim, dtype, trained)
+    demand = make_demand(config.demand, chunk_tokens, head_dim, dtype, trained)
     return IndexLayout([index for index in (policy.index, demand.index) if index is not None])
 
 
@@ -97,7 +95,7 @@ class LsaEngine:
         self._policy = make_policy(config.policy, *kind, trained)
         self._demand = make_demand(config.demand, *kind, trained)
         self._layer_weights = None if trained is None else trained.config.layer_weights
-        self.layout = _layout(self._policy, self._demand)
+        self.layout = index_layout(config, *kind, device, geometry.rank, geometry.ranks)
         self.pool = SlotPool(geometry, num_slots, self._staging_pages(), device, self._poison)
         self._queries = torch.zeros(
             max_requests,

@@ -81,7 +81,11 @@ def read(path: Path, device: str | torch.device) -> Trained:
     return Trained(path, indexer, tables)
 
 
-@cache
 def load(folder: Path, device: str, rank: int = 0, ranks: int = 1) -> Trained:
     """`read` and the `part` of a rank, once per process, so that the indexes of a checkpoint are equal."""
+    return _load(folder, device, rank, ranks)
+
+
+@cache
+def _load(folder: Path, device: str, rank: int, ranks: int) -> Trained:
     return read(folder, device) if ranks == 1 else read(folder, device).part(rank, ranks)
