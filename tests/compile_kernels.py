@@ -58,7 +58,7 @@ class Launcher:
 def main() -> None:
     JITFunction.__getitem__ = lambda self, grid: Launcher(self)  # type: ignore[assignment]
     from tests.device_state import State
-    from vllm_lsa.device.state import DeviceRefresh
+    from vllm_lsa.device.state import DeviceRefresh, DeviceTails
     from vllm_lsa.memory.geometry import KVGeometry
     from vllm_lsa.ops import resident_rows as ops
 
@@ -72,15 +72,17 @@ def main() -> None:
         scratch = ops.DemandScratch.empty(3, 8, len(s.sets.chunk), g, torch.device("cpu"))
         refresh = DeviceRefresh.empty(5, len(s.sets.chunk), g, torch.device("cpu"))
         page, offset = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int32)
-        ops.write_rows(q, k, k, pool, host, s.rows, s.slot_of, s.sets, 1, g, queries)
+        tails = DeviceTails.empty(3, g, torch.device("cpu"))
+        ops.write_rows(q, k, k, pool, host, s.rows, tails, 1, g, queries)
         ops.write_tokens(k, k, pool, host, page, offset, s.slot_of, 1, g)
-        ops.advance(s.rows, s.sets, g)
+        ops.advance(s.rows, s.sets, s.slot_of, tails, g)
         ops.pick(s.rows, s.sets, scratch, 1, g, sink=1, recency=2, threshold=0.01, decay=0.7)
         ops.refresh(s.rows, s.sets, refresh, g, sink=1, recency=2, most_used=0.01)
         ops.fetch(pool, host, scratch.page, scratch.slot)
+        ops.fetch(pool, host, scratch.page, scratch.slot, 2)
         ops.gather_history(pool, host, s.rows.block_table[0], s.slot_of, k, k, 0, 1, 1, g, 16)
     print("compiled", *sorted(compiled))
-    sys.exit(len(compiled) != 7)
+    sys.exit(len(compiled) < 9)
 
 
 if __name__ == "__main__":

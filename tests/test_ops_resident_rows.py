@@ -6,7 +6,7 @@ import torch
 
 from tests.device_state import State
 from tests.kernels import DEVICE, load
-from vllm_lsa.device.state import NEXT, DeviceRefresh
+from vllm_lsa.device.state import NEXT, DeviceRefresh, DeviceTails
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.ops import resident_rows as ops
 from vllm_lsa.residency.replacement import Replacement
@@ -33,7 +33,12 @@ def test_write_rows(dtype, lanes, dim):
     q = torch.randn(n, 2 * g.num_q_heads, dim, device=DEVICE).to(dtype)[:, : g.num_q_heads]
     k, v = torch.randn(2, n, g.num_kv_heads, dim, device=DEVICE).to(dtype)
     queries = torch.full((n, 2, g.num_q_heads, dim), float("nan"), dtype=dtype, device=DEVICE)
-    ops.write_rows(q, k, v, pool, host, s.rows, s.slot_of, s.sets, 1, g, queries)
+    tails = DeviceTails.empty(n, g, DEVICE)
+    for i, length in enumerate(LENGTHS):  # state is as after the step: as it is before, where the token begins a chunk
+        if BUDGET[i] and length % 8 == 1:
+            s.sets.counts[int(s.rows.state[i])] -= 1
+    ops.advance(s.rows, s.sets, s.slot_of, tails, g)
+    ops.write_rows(q, k, v, pool, host, s.rows, tails, 1, g, queries)
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     want_pool, want_host = s.pools(dtype)
@@ -97,7 +102,7 @@ def test_pick_follows_the_rule(lanes, most, threshold, seed):
     g = geometry(lanes)
     s = State(g, LENGTHS, BUDGET, seed=seed)
     layer, sink, recency, decay = 1, 1, 2, 0.7
-    scratch = ops.DemandScratch.empty(len(LENGTHS), most, s.sets.chunk.shape[0], g, DEVICE)
+    scratch = ops.DemandScratch.empty(len(LENGTHS), most, len(s.sets.chunk), g, DEVICE, 1024 * (1 + 3 * seed))
     scratch.logits.copy_(torch.randn(scratch.logits.shape) * 3)
     scratch.page.fill_(-7)
     logits = scratch.logits.clone()
@@ -151,7 +156,8 @@ def test_advance_gives_a_new_chunk_to_every_lane():
     for i in (0, 2):
         s.sets.counts[int(s.rows.state[i])] -= 1
     before = s.sets.counts.clone()
-    ops.advance(s.rows, s.sets, g)
+    tails = DeviceTails.empty(len(lengths), g, DEVICE)
+    ops.advance(s.rows, s.sets, s.slot_of, tails, g)
     for i, length in enumerate(lengths):
         if s.rows.state[i] < 0 or not length:
             continue

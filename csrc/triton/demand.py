@@ -9,28 +9,41 @@ import triton.language as tl
 
 @triton.jit
 def advance_kernel(
-    length, state, set_pages, counts, entry_chunk, held, usage, pages_stride, lanes,
-    CHUNK: tl.constexpr, PAGE: tl.constexpr, LANES_PAD: tl.constexpr,
+    length, state, block_table, slot_of, set_pages, counts, entry_chunk, entry_slot, held, usage, tail_page, tail_slot,
+    table_stride, pages_stride, lanes,
+    CHUNK: tl.constexpr, PER_BLOCK: tl.constexpr, PAGE: tl.constexpr, LANES_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Where a row's token begins a chunk, the chunk becomes the tail of all lanes, in their first spare entry."""
+    """Where a row's token goes to in all lanes. Where it begins a chunk, that becomes the tail of a row on a budget, in
+    the lane's first spare entry.
+    """
     row = tl.program_id(0)
     tokens = tl.load(length + row)
     mine = tl.load(state + row)
-    if tokens == 0 or mine < 0:
-        return
-    if (tokens - 1) % CHUNK != 0:
+    if tokens == 0:
         return
     chunk = (tokens - 1) // CHUNK
     lane = tl.arange(0, LANES_PAD)
     inside = lane < lanes
-    entry = tl.load(counts + mine * lanes + lane, mask=inside, other=0)
+    block = tl.load(block_table + row.to(tl.int64) * table_stride + chunk // PER_BLOCK).to(tl.int64)
+    first = block * lanes * PER_BLOCK + chunk % PER_BLOCK
+    tl.store(tail_page + row, first)
+    if mine < 0:
+        slot = tl.load(slot_of + first + lane * PER_BLOCK, mask=inside, other=-1)
+        tl.store(tail_slot + row * lanes + lane, slot, mask=inside)
+        return
+    begins = (tokens - 1) % CHUNK == 0
+    count = tl.load(counts + mine * lanes + lane, mask=inside, other=1)
+    entry = tl.where(begins, count, count - 1)
     page = tl.load(set_pages + mine * pages_stride + entry // PAGE, mask=inside, other=0).to(tl.int64)
-    tl.store(entry_chunk + (page * lanes + lane) * PAGE + entry % PAGE, chunk, mask=inside)
-    tl.store(counts + mine * lanes + lane, entry + 1, mask=inside)
-    of_chunk = tl.load(set_pages + mine * pages_stride + chunk // PAGE).to(tl.int64)
-    at = (of_chunk * lanes + lane) * PAGE + chunk % PAGE
-    tl.store(held + at, tl.full([LANES_PAD], 1, tl.uint8), mask=inside)
-    tl.store(usage + at, tl.zeros([LANES_PAD], tl.float32), mask=inside)
+    at = (page * lanes + lane) * PAGE + entry % PAGE
+    tl.store(tail_slot + row * lanes + lane, tl.load(entry_slot + at, mask=inside, other=-1), mask=inside)
+    if begins:
+        tl.store(entry_chunk + at, chunk, mask=inside)
+        tl.store(counts + mine * lanes + lane, entry + 1, mask=inside)
+        of_chunk = tl.load(set_pages + mine * pages_stride + chunk // PAGE).to(tl.int64)
+        by_chunk = (of_chunk * lanes + lane) * PAGE + chunk % PAGE
+        tl.store(held + by_chunk, tl.full([LANES_PAD], 1, tl.uint8), mask=inside)
+        tl.store(usage + by_chunk, tl.zeros([LANES_PAD], tl.float32), mask=inside)
 
 
 @triton.jit
@@ -39,64 +52,93 @@ def _entry(set_pages, entry, lane, lanes, PAGE: tl.constexpr):
     return (tl.load(set_pages + entry // PAGE).to(tl.int64) * lanes + lane) * PAGE + entry % PAGE
 
 
-@triton.jit(do_not_specialize=["lane_first", "sink", "recency"])
-def pick_kernel(
-    length, state, block_table, all_pages, counts, caps, entry_chunk, entry_slot, held, usage, logits,
-    victims, fetch_page, fetch_slot, demanded,
-    table_stride, pages_stride, lanes, lane_first, sink, recency, threshold, decay,
-    MOST: tl.constexpr, CHUNK: tl.constexpr, PER_BLOCK: tl.constexpr, PAGE: tl.constexpr,
-    Q_HEADS: tl.constexpr, LANE_Q: tl.constexpr, LANE_Q_PAD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program for each row and lane of a layer.
+@triton.jit
+def _range(full, part, SPLITS: tl.constexpr, PAGE: tl.constexpr):
+    """The chunks of a split: whole state pages."""
+    size = tl.cdiv(tl.cdiv(full, SPLITS), PAGE) * PAGE
+    return part * size, tl.minimum((part + 1) * size, full)
 
-    logits: fp32 [state pages, Q_HEADS, PAGE], estimated log mass of each full chunk; overwritten. victims: int32 [rows,
-    lanes of the layer, MOST + 1], scratch. fetch_page, fetch_slot: [rows, lanes of the layer, MOST], what to copy, -1
-    for nothing. demanded: int64 [1], counted up.
+
+@triton.jit
+def mass_stats_kernel(
+    length, state, all_pages, logits, top_of, sum_of, pages_stride,
+    CHUNK: tl.constexpr, PAGE: tl.constexpr, Q_HEADS: tl.constexpr, LANE_Q: tl.constexpr, LANE_Q_PAD: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """For each row, lane of a layer and split of its chunks: each head's maximum and sum of the softmax.
+
+    logits: fp32 [state pages, Q_HEADS, PAGE], estimated log mass of each full chunk. top_of, sum_of: fp32 [rows, lanes
+    of the layer, LANE_Q_PAD, SPLITS].
     """
     row = tl.program_id(0)
     local = tl.program_id(1)
-    place = row * tl.num_programs(1) + local
-    slots = tl.arange(0, MOST)
-    tl.store(fetch_slot + place * MOST + slots, tl.full([MOST], -1, tl.int32))
+    part = tl.program_id(2)
     tokens = tl.load(length + row)
     mine = tl.load(state + row)
-    if tokens == 0 or mine < 0:
+    if (tokens == 0) | (mine < 0):
         return
-    full = (tokens - 1) // CHUNK  # chunks that were full before this step, and the number of the tail's
-    lane = lane_first + local
+    full = (tokens - 1) // CHUNK
     set_pages = all_pages + mine * pages_stride
-    victims += place * (MOST + 1)
     heads = tl.arange(0, LANE_Q_PAD)[:, None]
     real = heads < LANE_Q
-    first_head = local * LANE_Q
-
-    # Softmax of each head over all chunks: its maximum and sum.
-    top = tl.full([LANE_Q_PAD, BLOCK], -float("inf"), tl.float32)
-    total = tl.zeros([LANE_Q_PAD, BLOCK], tl.float32)
-    for begin in range(0, full, BLOCK):
+    first, last = _range(full, part, SPLITS, PAGE)
+    top = tl.full([LANE_Q_PAD], -float("inf"), tl.float32)
+    total = tl.zeros([LANE_Q_PAD], tl.float32)
+    for begin in range(first, last, BLOCK):
         chunk = begin + tl.arange(0, BLOCK)
-        valid = chunk < full
+        valid = chunk < last
         page = tl.load(set_pages + chunk // PAGE, mask=valid, other=0).to(tl.int64)
-        at = (page * Q_HEADS + first_head)[None, :] * PAGE + heads * PAGE + (chunk % PAGE)[None, :]
+        at = (page * Q_HEADS + local * LANE_Q)[None, :] * PAGE + heads * PAGE + (chunk % PAGE)[None, :]
         x = tl.load(logits + at, mask=real & valid[None, :], other=-float("inf"))
-        higher = tl.maximum(top, x)
-        # Columns that saw nothing yet stay at -inf; their exponent would be NaN.
+        higher = tl.maximum(top, tl.max(x, 1))
+        # A head that saw nothing yet is at -inf; its exponent would be NaN.
         safe = tl.where(higher == -float("inf"), 0.0, higher)
-        total = total * tl.exp(top - safe) + tl.exp(x - safe)
+        total = total * tl.exp(top - safe) + tl.sum(tl.exp(x - safe[:, None]), 1)
         top = higher
-    peak = tl.max(top, 1)
-    peak = tl.where(peak == -float("inf"), 0.0, peak)
-    norm = tl.sum(total * tl.exp(top - peak[:, None]), 1)
-    weight = tl.where(norm > 0, 1.0 / (tl.where(norm > 0, norm, 1.0) * LANE_Q), 0.0)
+    place = ((row * tl.num_programs(1) + local) * LANE_Q_PAD + tl.arange(0, LANE_Q_PAD)) * SPLITS + part
+    tl.store(top_of + place, top)
+    tl.store(sum_of + place, total)
 
-    # Mass and usage. The mass of what may come in replaces the first head's logits; the rest there becomes -1.
-    tl.debug_barrier()
+
+@triton.jit(do_not_specialize=["lane_first"])
+def mass_kernel(
+    length, state, all_pages, held, usage, logits, top_of, sum_of, wanted_of, best_of, where_of,
+    pages_stride, lanes, lane_first, threshold, decay,
+    CHUNK: tl.constexpr, PAGE: tl.constexpr, Q_HEADS: tl.constexpr, LANE_Q: tl.constexpr, LANE_Q_PAD: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """For each row, lane of a layer and split: notes usage, and the mass of what may come in place of the lane's first
+    head's logits, -1 for the rest. wanted_of, best_of, where_of: [rows, lanes of the layer, SPLITS], how many may come,
+    the most mass, and whose it is.
+    """
+    row = tl.program_id(0)
+    local = tl.program_id(1)
+    part = tl.program_id(2)
+    tokens = tl.load(length + row)
+    mine = tl.load(state + row)
+    if (tokens == 0) | (mine < 0):
+        return
+    full = (tokens - 1) // CHUNK
+    lane = lane_first + local
+    set_pages = all_pages + mine * pages_stride
+    heads = tl.arange(0, LANE_Q_PAD)[:, None]
+    real = heads < LANE_Q
+    place = row * tl.num_programs(1) + local
+    every = (place * LANE_Q_PAD + heads) * SPLITS + tl.arange(0, SPLITS)[None, :]
+    tops = tl.load(top_of + every)
+    peak = tl.max(tops, 1)
+    peak = tl.where(peak == -float("inf"), 0.0, peak)
+    norm = tl.sum(tl.load(sum_of + every) * tl.exp(tops - peak[:, None]), 1)
+    weight = tl.where(norm > 0, 1.0 / (tl.where(norm > 0, norm, 1.0) * LANE_Q), 0.0)
+    first, last = _range(full, part, SPLITS, PAGE)
     wanted = 0
-    for begin in range(0, full, BLOCK):
+    best = 0.0
+    where = 2147483647
+    for begin in range(first, last, BLOCK):
         chunk = begin + tl.arange(0, BLOCK)
-        valid = chunk < full
+        valid = chunk < last
         page = tl.load(set_pages + chunk // PAGE, mask=valid, other=0).to(tl.int64)
-        at = (page * Q_HEADS + first_head)[None, :] * PAGE + heads * PAGE + (chunk % PAGE)[None, :]
+        at = (page * Q_HEADS + local * LANE_Q)[None, :] * PAGE + heads * PAGE + (chunk % PAGE)[None, :]
         x = tl.load(logits + at, mask=real & valid[None, :], other=-float("inf"))
         mass = tl.sum(tl.exp(x - peak[:, None]) * weight[:, None], 0)
         of_lane = (page * lanes + lane) * PAGE + chunk % PAGE
@@ -105,14 +147,52 @@ def pick_kernel(
         absent = tl.load(held + of_lane, mask=valid, other=1) == 0
         comes = absent & valid & (mass > threshold)
         wanted += tl.sum(comes.to(tl.int32), 0)
-        tl.debug_barrier()
-        tl.store(logits + (page * Q_HEADS + first_head) * PAGE + chunk % PAGE, tl.where(comes, mass, -1.0), mask=valid)
-    tl.debug_barrier()
+        mass = tl.where(comes, mass, -1.0)
+        tl.debug_barrier()  # all threads have read what is overwritten
+        tl.store(logits + (page * Q_HEADS + local * LANE_Q) * PAGE + chunk % PAGE, mass, mask=valid)
+        most = tl.max(mass, 0)
+        oldest = tl.min(tl.where(mass == most, chunk, 2147483647), 0)
+        where = tl.where(most > best, oldest, where)
+        best = tl.maximum(most, best)
+    tl.store(wanted_of + place * SPLITS + part, wanted)
+    tl.store(best_of + place * SPLITS + part, best)
+    tl.store(where_of + place * SPLITS + part, where)
 
+
+@triton.jit(do_not_specialize=["lane_first", "sink", "recency"])
+def pick_kernel(
+    length, state, block_table, all_pages, counts, caps, entry_chunk, entry_slot, held, usage, logits,
+    wanted_of, best_of, where_of, victims, fetch_page, fetch_slot, demanded,
+    table_stride, pages_stride, lanes, lane_first, sink, recency,
+    MOST: tl.constexpr, CHUNK: tl.constexpr, PER_BLOCK: tl.constexpr, PAGE: tl.constexpr,
+    Q_HEADS: tl.constexpr, LANE_Q: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program for each row and lane of a layer, after `mass_kernel`: what comes, what leaves, and into which slot.
+
+    victims: int32 [rows, lanes of the layer, MOST + 1], scratch. fetch_page, fetch_slot: [rows, lanes of the layer,
+    MOST], what to copy, -1 for nothing. demanded: int64 [1], counted up.
+    """
+    row = tl.program_id(0)
+    local = tl.program_id(1)
+    place = row * tl.num_programs(1) + local
+    slots = tl.arange(0, MOST)
+    tl.store(fetch_slot + place * MOST + slots, tl.full([MOST], -1, tl.int32))
+    tokens = tl.load(length + row)
+    mine = tl.load(state + row)
+    if (tokens == 0) | (mine < 0):
+        return
+    full = (tokens - 1) // CHUNK  # chunks that were full before this step, and the number of the tail's
+    lane = lane_first + local
+    set_pages = all_pages + mine * pages_stride
+    victims += place * (MOST + 1)
+    parts = tl.arange(0, SPLITS)
+    wanted = tl.sum(tl.load(wanted_of + place * SPLITS + parts), 0)
     count = tl.load(counts + mine * lanes + lane)
     cap = tl.load(caps + mine * lanes + lane)
     picks = tl.minimum(wanted, MOST)
     over = count + picks - cap
+    if (picks == 0) & (over <= 0):
+        return
     leaving = 0
     if over > 0:
         # Least used first. A victim is struck off `held`, so the next search passes it by.
@@ -134,13 +214,13 @@ def pick_kernel(
                 best = tl.where(less, used, best)
                 where = tl.where(less, entry, where)
             least = tl.min(best, 0)
-            entry = tl.min(tl.where(best == least, where, 2147483647), 0)
-            if entry == 2147483647:
+            victim = tl.min(tl.where(best == least, where, 2147483647), 0)
+            if victim == 2147483647:
                 searching = 0
             else:
-                chunk = tl.load(entry_chunk + _entry(set_pages, entry, lane, lanes, PAGE))
-                tl.store(held + _entry(set_pages, chunk, lane, lanes, PAGE), 0)
-                tl.store(victims + leaving, entry)
+                leaver = tl.load(entry_chunk + _entry(set_pages, victim, lane, lanes, PAGE))
+                tl.store(held + _entry(set_pages, leaver, lane, lanes, PAGE), 0)
+                tl.store(victims + leaving, victim)
                 leaving += 1
                 if leaving == tl.minimum(over, MOST + 1):
                     searching = 0
@@ -151,32 +231,42 @@ def pick_kernel(
     step = 0
     while step < tl.maximum(picks, leaving):
         if step < picks:
-            best = tl.full([BLOCK], 0.0, tl.float32)
-            where = tl.full([BLOCK], 2147483647, tl.int32)
-            for begin in range(0, full, BLOCK):
-                chunk = begin + tl.arange(0, BLOCK)
-                valid = chunk < full
-                page = tl.load(set_pages + chunk // PAGE, mask=valid, other=0).to(tl.int64)
-                mass = tl.load(logits + (page * Q_HEADS + first_head) * PAGE + chunk % PAGE, mask=valid, other=-1.0)
-                more = mass > best
-                best = tl.where(more, mass, best)
-                where = tl.where(more, chunk, where)
-            most = tl.max(best, 0)
-            pick = tl.min(tl.where(best == most, where, 2147483647), 0)
+            bests = tl.load(best_of + place * SPLITS + parts)
+            wheres = tl.load(where_of + place * SPLITS + parts)
+            pick = tl.min(tl.where(bests == tl.max(bests, 0), wheres, 2147483647), 0)
             page = tl.load(set_pages + pick // PAGE).to(tl.int64)
-            tl.store(logits + (page * Q_HEADS + first_head) * PAGE + pick % PAGE, -1.0)
+            tl.store(logits + (page * Q_HEADS + local * LANE_Q) * PAGE + pick % PAGE, -1.0)
             tl.store(held + (page * lanes + lane) * PAGE + pick % PAGE, 1)
+            tl.debug_barrier()
+            if step + 1 < picks:
+                # The split that it came from has another best one now.
+                part = pick // (tl.cdiv(tl.cdiv(full, SPLITS), PAGE) * PAGE)
+                first, last = _range(full, part, SPLITS, PAGE)
+                most = 0.0
+                oldest = 2147483647
+                for begin in range(first, last, BLOCK):
+                    chunk = begin + tl.arange(0, BLOCK)
+                    valid = chunk < last
+                    page_m = tl.load(set_pages + chunk // PAGE, mask=valid, other=0).to(tl.int64)
+                    at = (page_m * Q_HEADS + local * LANE_Q) * PAGE + chunk % PAGE
+                    mass = tl.load(logits + at, mask=valid, other=-1.0)
+                    here = tl.max(mass, 0)
+                    its = tl.min(tl.where(mass == here, chunk, 2147483647), 0)
+                    oldest = tl.where(here > most, its, oldest)
+                    most = tl.maximum(here, most)
+                tl.store(best_of + place * SPLITS + part, most)
+                tl.store(where_of + place * SPLITS + part, oldest)
             if step < leaving:
                 to = _entry(set_pages, tl.load(victims + step), lane, lanes, PAGE)
             else:
                 # One more than before: the tail moves up, into the first spare entry, and keeps its slot.
                 to = _entry(set_pages, count - 1, lane, lanes, PAGE)
-                last = _entry(set_pages, count, lane, lanes, PAGE)
+                end = _entry(set_pages, count, lane, lanes, PAGE)
                 tail_slot = tl.load(entry_slot + to)
-                spare = tl.load(entry_slot + last)
+                spare = tl.load(entry_slot + end)
                 tl.debug_barrier()
-                tl.store(entry_slot + last, tail_slot)
-                tl.store(entry_chunk + last, full)
+                tl.store(entry_slot + end, tail_slot)
+                tl.store(entry_chunk + end, full)
                 tl.store(entry_slot + to, spare)
                 count += 1
                 tl.debug_barrier()

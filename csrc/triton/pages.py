@@ -5,16 +5,23 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["count"])
-def fetch_kernel(pool, page, slot, count, host_delta, ELEMENTS: tl.constexpr, TILE: tl.constexpr):
-    """Copies host pages into slots, -1 to leave one out. A few programs share the list: the rest of the GPU goes on."""
-    for i in range(tl.program_id(0), count, tl.num_programs(0)):
-        to = tl.load(slot + i).to(tl.int64)
-        if to >= 0:
-            at = host_delta + tl.load(page + i) * ELEMENTS
-            for begin in range(0, ELEMENTS, TILE):
-                part = begin + tl.arange(0, TILE)
-                inside = part < ELEMENTS
-                tl.store(pool + to * ELEMENTS + part, tl.load(pool + at + part, mask=inside), mask=inside)
+def fetch_kernel(
+    pool, page, slot, count, host_delta, ELEMENTS: tl.constexpr, TILE: tl.constexpr, LOOK: tl.constexpr
+):  # fmt: skip
+    """Copies host pages into slots, -1 to leave one out. The programs share the list; each looks at LOOK entries at a
+    time, since most of a long list may be left out.
+    """
+    for first in range(tl.program_id(0) * LOOK, count, tl.num_programs(0) * LOOK):
+        here = first + tl.arange(0, LOOK)
+        if tl.max(tl.load(slot + here, mask=here < count, other=-1), 0) >= 0:
+            for i in range(first, tl.minimum(first + LOOK, count)):
+                to = tl.load(slot + i).to(tl.int64)
+                if to >= 0:
+                    at = host_delta + tl.load(page + i) * ELEMENTS
+                    for begin in range(0, ELEMENTS, TILE):
+                        part = begin + tl.arange(0, TILE)
+                        inside = part < ELEMENTS
+                        tl.store(pool + to * ELEMENTS + part, tl.load(pool + at + part, mask=inside), mask=inside)
 
 
 @triton.jit(do_not_specialize=["first_chunk", "num_chunks", "lane_first"])

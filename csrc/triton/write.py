@@ -9,35 +9,29 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["layer", "lane_first"])
 def write_rows_kernel(
-    q, k, v, pool, queries,
-    token, length, state, query_row, block_table, slot_of,
-    set_pages, counts, entry_slot,
-    host_delta, q_stride, k_stride, v_stride, query_stride, table_stride, pages_stride,
-    lanes, lane_first, layer,
+    q, k, v, pool, queries, token, length, query_row, tail_page, tail_slot,
+    host_delta, q_stride, k_stride, v_stride, query_stride, lanes, lane_first, layer,
     GROUP: tl.constexpr, LANE_HEADS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    PER_BLOCK: tl.constexpr, PAGE: tl.constexpr, KEEP_QUERY: tl.constexpr,
+    PER_BLOCK: tl.constexpr, KEEP_QUERY: tl.constexpr,
 ):  # fmt: skip
-    """One program for each decode row and KV head: its K and V to the tail, its queries to the buffer."""
+    """One program for each decode row and KV head: its K and V to the tail, its queries to the buffer.
+
+    tail_page: int64 [rows], the tail's page in lane 0. tail_slot: int32 [rows, lanes], -1 for none.
+    """
     row = tl.program_id(0)
     head = tl.program_id(1)
+    lane = lane_first + head // LANE_HEADS
+    # Asked for at once: each takes the time of a trip to memory.
     tokens = tl.load(length + row)
+    source = tl.load(token + row).to(tl.int64)
+    page = tl.load(tail_page + row) + lane * PER_BLOCK
+    slot = tl.load(tail_slot + row * lanes + lane).to(tl.int64)
+    keeper = tl.load(query_row + row).to(tl.int64)
     if tokens == 0:
         return
-    lane = lane_first + head // LANE_HEADS
     position = tokens - 1
-    chunk = position // CHUNK
-    block = tl.load(block_table + row.to(tl.int64) * table_stride + chunk // PER_BLOCK).to(tl.int64)
-    page = (block * lanes + lane) * PER_BLOCK + chunk % PER_BLOCK
-    mine = tl.load(state + row)
-    if mine >= 0:
-        entry = tl.load(counts + mine * lanes + lane) - 1
-        state_page = tl.load(set_pages + mine * pages_stride + entry // PAGE).to(tl.int64)
-        slot = tl.load(entry_slot + (state_page * lanes + lane) * PAGE + entry % PAGE).to(tl.int64)
-    else:
-        slot = tl.load(slot_of + page).to(tl.int64)
     dims = tl.arange(0, DIM_PAD)
     inside = dims < DIM
-    source = tl.load(token + row).to(tl.int64)
     key = tl.load(k + source * k_stride + head * DIM + dims, mask=inside)
     value = tl.load(v + source * v_stride + head * DIM + dims, mask=inside)
     within = (head % LANE_HEADS) * CHUNK * DIM + (position % CHUNK) * DIM
@@ -50,7 +44,7 @@ def write_rows_kernel(
         tl.store(pool + to_slot + dims, key, mask=inside)
         tl.store(pool + to_slot + LANE_HEADS * CHUNK * DIM + dims, value, mask=inside)
     if KEEP_QUERY:
-        to_query = queries + tl.load(query_row + row).to(tl.int64) * query_stride
+        to_query = queries + keeper * query_stride
         to_query += layer * tl.num_programs(1) * GROUP * DIM
         for g in range(GROUP):
             at = (head * GROUP + g) * DIM + dims

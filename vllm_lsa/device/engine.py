@@ -13,7 +13,7 @@ from vllm_lsa.device.plan import DevicePlan, PrefillPlan
 from vllm_lsa.device.prefill import PrefillAttention, TorchPrefill
 from vllm_lsa.device.selection import apply_selection, by_chunk, first_step, write_by_chunk
 from vllm_lsa.device.stalls import StallClock
-from vllm_lsa.device.state import PAGE, DeviceRefresh, DeviceRows, DeviceSets
+from vllm_lsa.device.state import PAGE, DeviceRefresh, DeviceRows, DeviceSets, DeviceTails
 from vllm_lsa.engine import LsaEngine
 from vllm_lsa.errors import LsaError
 from vllm_lsa.indexer.base import ChunkIndex
@@ -80,6 +80,7 @@ class DeviceEngine(LsaEngine):
         num_pages = min(rows * row_pages, 2 * host_chunks // PAGE + 2 * rows)
         self.sets = DeviceSets.empty(rows, row_pages, num_pages, g, device)
         self.refresh = DeviceRefresh.empty(rows, num_pages, g, device)
+        self._tails = DeviceTails.empty(rows, g, device)
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copied: torch.cuda.Event | None = None
         self._stalls = StallClock(device)
@@ -94,7 +95,7 @@ class DeviceEngine(LsaEngine):
         self._scratch = DecodeScratch.empty(rows, g, self._max_model_len, device)
         self._most = config.demand_chunks
         self._wanted = ops.DemandScratch.empty(
-            rows, self._most, num_pages if self._demand.index is not None else 1, g, device
+            rows, self._most, num_pages if self._demand.index is not None else 1, g, device, chunks
         )
         index = self._demand.index
         self._tables = (
@@ -159,7 +160,7 @@ class DeviceEngine(LsaEngine):
         count = max(padded, len(decodes))
         step = DevicePlan(self._rows.first(count), requests=[placed[i].request.id for i in decodes])
         real = self._rows.first(len(decodes))
-        ops.advance(real, self.sets, self.geometry)
+        ops.advance(real, self.sets, self._slot_of, self._tails, self.geometry)
         for selection in selections:
             self._renew(selection)
         self._continue_refresh([placed[i].request for i in decodes])
@@ -334,7 +335,7 @@ class DeviceEngine(LsaEngine):
         assert self.store is not None
         g, config, rows, sets = self.geometry, self.config, plan.rows, self.sets
         pool, host = self.pool.pages, self.store.pages
-        ops.write_rows(q, k, v, pool, host, rows, self._slot_of, sets, layer, g, self._queries)
+        ops.write_rows(q, k, v, pool, host, rows, self._tails, layer, g, self._queries)
         for encoded, parts in self._parts:
             encode_decoded(host, rows, parts[layer], layer, g, _codec(encoded, layer))
         index = self._demand.index

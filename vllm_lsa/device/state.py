@@ -41,6 +41,23 @@ class DeviceRows:
 
 
 @dataclass
+class DeviceTails:
+    """Where the rows' tokens go, looked up once for all layers. page: int64 [n], host page in lane 0. slot: int32
+    [n, lanes], -1 for none.
+    """
+
+    page: torch.Tensor
+    slot: torch.Tensor
+
+    @classmethod
+    def empty(cls, rows: int, geometry: KVGeometry, device: torch.device) -> "DeviceTails":
+        return cls(
+            page=torch.zeros(rows, dtype=torch.int64, device=device),
+            slot=torch.full((rows, geometry.num_lanes), -1, dtype=torch.int32, device=device),
+        )
+
+
+@dataclass
 class DeviceSets:
     """Resident sets of the requests on a budget. Entry or chunk e of a row's lane is at ``[page, lane, e % PAGE]`` of
     the paged buffers, with ``page = pages[row, e // PAGE]``.

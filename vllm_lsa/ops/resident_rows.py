@@ -8,12 +8,17 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_lsa.device.state import NEXT, PAGE, DeviceRefresh, DeviceRows, DeviceSets
+from vllm_lsa.device.state import NEXT, PAGE, DeviceRefresh, DeviceRows, DeviceSets, DeviceTails
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.ops.native import require
 
 COPY_TILE = 4096
 """Elements that a program of a copy has under way at a time."""
+LOOK = 64
+"""Entries of a long list of copies that a program looks at at a time."""
+SPLIT_CHUNKS = 1024
+MAX_SPLITS = 16
+"""Demand looks at a row's chunks in up to so many parts side by side, of about that many chunks each."""
 
 
 def host_delta(pool: torch.Tensor, host_pages: torch.Tensor) -> int:
@@ -40,15 +45,14 @@ def write_rows(
     pool: torch.Tensor,
     host_pages: torch.Tensor,
     rows: DeviceRows,
-    slot_of: torch.Tensor,
-    sets: DeviceSets,
+    tails: DeviceTails,
     layer: int,
     geometry: KVGeometry,
     queries: torch.Tensor,
 ) -> None:
     """Write-through of each decode row's K and V, and its queries to the buffer of last ones.
 
-    q: [T, Hq, D], k, v: [T, Hkv, D], rows may be strided. slot_of: int32 [M]. queries: [R, layers, Hq, D].
+    q: [T, Hq, D], k, v: [T, Hkv, D], rows may be strided. tails: as `advance` left them. queries: [R, layers, Hq, D].
     """
     from vllm_lsa.kernels.write import write_rows_kernel
 
@@ -56,13 +60,11 @@ def write_rows(
     if not len(rows.length):
         return
     write_rows_kernel[(len(rows.length), g.num_kv_heads)](
-        q, k, v, pool, queries,
-        rows.token, rows.length, rows.state, rows.query_row, rows.block_table, slot_of,
-        sets.pages, sets.counts, sets.slot,
-        host_delta(pool, host_pages), q.stride(0), k.stride(0), v.stride(0), queries.stride(0),
-        rows.block_table.stride(0), sets.pages.stride(0), g.num_lanes, layer * g.layer_lanes, layer,
+        q, k, v, pool, queries, rows.token, rows.length, rows.query_row, tails.page, tails.slot,
+        host_delta(pool, host_pages), q.stride(0), k.stride(0), v.stride(0), queries.stride(0), g.num_lanes,
+        layer * g.layer_lanes, layer,
         GROUP=g.num_q_heads // g.num_kv_heads, LANE_HEADS=g.lane_heads, CHUNK=g.chunk_tokens, DIM=g.head_dim,
-        DIM_PAD=_power_of_two(g.head_dim), PER_BLOCK=g.chunks_per_block, PAGE=PAGE, KEEP_QUERY=True, num_warps=1,
+        DIM_PAD=_power_of_two(g.head_dim), PER_BLOCK=g.chunks_per_block, KEEP_QUERY=True, num_warps=1,
     )  # fmt: skip
 
 
@@ -95,17 +97,22 @@ def write_tokens(
     )  # fmt: skip
 
 
-def advance(rows: DeviceRows, sets: DeviceSets, geometry: KVGeometry) -> None:
-    """Once a step, before its first layer: a row on a budget whose token begins a chunk gets it as its tail."""
+def advance(
+    rows: DeviceRows, sets: DeviceSets, slot_of: torch.Tensor, tails: DeviceTails, geometry: KVGeometry
+) -> None:
+    """Once a step, before its first layer: find out where each row's token goes. A row on a budget whose token begins a
+    chunk gets that as its tail. slot_of: int32 [M], the slot of each host page or -1.
+    """
     from vllm_lsa.kernels.demand import advance_kernel
 
     if not len(rows.length):
         return
     lanes = geometry.num_lanes
     advance_kernel[(len(rows.length),)](
-        rows.length, rows.state, sets.pages, sets.counts, sets.chunk, sets.held, sets.usage, sets.pages.stride(0),
-        lanes,
-        CHUNK=geometry.chunk_tokens, PAGE=PAGE, LANES_PAD=_power_of_two(lanes), num_warps=4,
+        rows.length, rows.state, rows.block_table, slot_of, sets.pages, sets.counts, sets.chunk, sets.slot, sets.held,
+        sets.usage, tails.page, tails.slot, rows.block_table.stride(0), sets.pages.stride(0), lanes,
+        CHUNK=geometry.chunk_tokens, PER_BLOCK=geometry.chunks_per_block, PAGE=PAGE, LANES_PAD=_power_of_two(lanes),
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -114,7 +121,9 @@ class DemandScratch:
     """What demand needs beside the sets, for up to n rows: what to copy, and room for the search.
 
     victims: int32 [n, G, most + 1]. page: int64 [n, G, most], slot: int32 [n, G, most], -1 where nothing is to be
-    copied. demanded: int64 [1], chunks since the start. logits: fp32 [state pages, Hq, PAGE].
+    copied. demanded: int64 [1], chunks since the start. logits: fp32 [state pages, Hq, PAGE]. The chunks of a row are
+    looked at in `splits` parts: top, total: fp32 [n, G, heads of a lane padded to a power of two, splits]; wanted,
+    where: int32 [n, G, splits], best: fp32.
     """
 
     victims: torch.Tensor
@@ -122,18 +131,35 @@ class DemandScratch:
     slot: torch.Tensor
     demanded: torch.Tensor
     logits: torch.Tensor
+    top: torch.Tensor
+    total: torch.Tensor
+    wanted: torch.Tensor
+    where: torch.Tensor
+    best: torch.Tensor
 
     @classmethod
     def empty(
-        cls, rows: int, most: int, num_pages: int, geometry: KVGeometry, device: torch.device
+        cls, rows: int, most: int, num_pages: int, geometry: KVGeometry, device: torch.device, max_chunks: int = 1024
     ) -> "DemandScratch":
+        """max_chunks: of the longest row."""
         lanes = geometry.layer_lanes
+        heads = _power_of_two(geometry.num_q_heads // lanes)
+        splits = min(MAX_SPLITS, _power_of_two(-(-max_chunks // SPLIT_CHUNKS)))
+
+        def parts(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.zeros(rows, lanes, *shape, splits, dtype=dtype, device=device)
+
         return cls(
             victims=torch.zeros(rows, lanes, most + 1, dtype=torch.int32, device=device),
             page=torch.zeros(rows, lanes, most, dtype=torch.int64, device=device),
             slot=torch.full((rows, lanes, most), -1, dtype=torch.int32, device=device),
             demanded=torch.zeros(1, dtype=torch.int64, device=device),
             logits=torch.zeros(num_pages, geometry.num_q_heads, PAGE, dtype=torch.float32, device=device),
+            top=parts(torch.float32, heads),
+            total=parts(torch.float32, heads),
+            wanted=parts(torch.int32),
+            where=parts(torch.int32),
+            best=parts(torch.float32),
         )
 
 
@@ -148,7 +174,7 @@ def pick(
     recency: int,
     threshold: float,
     decay: float,
-    block: int = 1024,
+    block: int = SPLIT_CHUNKS,
 ) -> None:
     """For each lane of a layer: note usage, take in the chunks with most mass, let the least used leave.
 
@@ -156,19 +182,30 @@ def pick(
     is then to be copied. sink, recency: chunks that never leave. block: chunks that a program looks at at a time. The
     rule is `Replacement.choose`; of equals the lowest entry leaves and the oldest chunk comes.
     """
-    from vllm_lsa.kernels.demand import pick_kernel
+    from vllm_lsa.kernels import demand
 
     g = geometry
     if not len(rows.length):
         return
     per_lane = g.num_q_heads // g.layer_lanes
-    pick_kernel[(len(rows.length), g.layer_lanes)](
+    splits = scratch.best.shape[2]
+    grid = (len(rows.length), g.layer_lanes)
+    shape = dict(CHUNK=g.chunk_tokens, PAGE=PAGE, Q_HEADS=g.num_q_heads, LANE_Q=per_lane, SPLITS=splits, BLOCK=block)
+    heads, stride, first = _power_of_two(per_lane), sets.pages.stride(0), layer * g.layer_lanes
+    demand.mass_stats_kernel[(*grid, splits)](
+        rows.length, rows.state, sets.pages, scratch.logits, scratch.top, scratch.total, stride,
+        **shape, LANE_Q_PAD=heads, num_warps=4,
+    )  # fmt: skip
+    demand.mass_kernel[(*grid, splits)](
+        rows.length, rows.state, sets.pages, sets.held, sets.usage, scratch.logits, scratch.top, scratch.total,
+        scratch.wanted, scratch.best, scratch.where, stride, g.num_lanes, first, threshold, decay,
+        **shape, LANE_Q_PAD=heads, num_warps=4,
+    )  # fmt: skip
+    demand.pick_kernel[grid](
         rows.length, rows.state, rows.block_table, sets.pages, sets.counts, sets.caps, sets.chunk, sets.slot, sets.held,
-        sets.usage, scratch.logits, scratch.victims, scratch.page, scratch.slot, scratch.demanded,
-        rows.block_table.stride(0), sets.pages.stride(0), g.num_lanes, layer * g.layer_lanes, sink, recency, threshold,
-        decay,
-        MOST=scratch.slot.shape[2], CHUNK=g.chunk_tokens, PER_BLOCK=g.chunks_per_block, PAGE=PAGE,
-        Q_HEADS=g.num_q_heads, LANE_Q=per_lane, LANE_Q_PAD=_power_of_two(per_lane), BLOCK=block, num_warps=8,
+        sets.usage, scratch.logits, scratch.wanted, scratch.best, scratch.where, scratch.victims, scratch.page,
+        scratch.slot, scratch.demanded, rows.block_table.stride(0), stride, g.num_lanes, first, sink, recency,
+        **shape, MOST=scratch.slot.shape[2], PER_BLOCK=g.chunks_per_block, num_warps=4,
     )  # fmt: skip
 
 
@@ -197,7 +234,8 @@ def refresh(
     refresh_kernel[(len(rows.length), g.num_lanes)](
         rows.length, rows.state, rows.block_table, sets.pages, sets.counts, sets.chunk, sets.slot, sets.held,
         sets.usage, state.target, state.selected, state.chunk, state.slot, state.victims, state.copy_page,
-        state.copy_slot, state.brought, rows.block_table.stride(0), sets.pages.stride(0), g.num_lanes, sink, recency, most_used,
+        state.copy_slot, state.brought, rows.block_table.stride(0), sets.pages.stride(0), g.num_lanes, sink, recency,
+        most_used,
         NEXT=NEXT, CHUNK=g.chunk_tokens, PER_BLOCK=g.chunks_per_block, PAGE=PAGE, BLOCK=block, num_warps=4,
     )  # fmt: skip
 
@@ -215,9 +253,11 @@ def fetch(
     if not count:
         return
     elements = pool[0].numel()
-    fetch_kernel[(min(count, programs or count),)](
+    # Where each entry has a program of its own, it need not look around.
+    look = 1 if programs is None or count <= programs else LOOK
+    fetch_kernel[(min(-(-count // look), programs or count),)](
         pool, page, slot, count, host_delta(pool, host_pages), ELEMENTS=elements,
-        TILE=min(COPY_TILE, _power_of_two(elements)), num_warps=4,
+        TILE=min(COPY_TILE, _power_of_two(elements)), LOOK=look, num_warps=4,
     )  # fmt: skip
 
 
