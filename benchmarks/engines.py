@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.report import RESULTS, write_csv
 from benchmarks.shapes import SHAPES, Shape
 from vllm_lsa.config import GIB, LsaConfig
+from vllm_lsa.device.state import NEXT
 from vllm_lsa.residency.shares import Shares
 
 STEP_TOKENS = 8192
@@ -72,11 +73,11 @@ def lsa_settings(
 
 
 def _slots(config: LsaConfig, geometry: Any, load: Load) -> int:
-    """Slots of one request: one more in each lane than its set has, see `DeviceControl`."""
+    """Slots of one request: a lane has some beside those of its set, see `DeviceControl`."""
     chunks = geometry.chunks(load.tokens + config.period)
     if load.tokens <= WHOLE:
         return geometry.num_lanes * (chunks + 1)
-    return int((Shares(config, geometry, 0).caps(chunks) + 1).sum())
+    return int((Shares(config, geometry, 0).caps(chunks) + 1 + NEXT).sum())
 
 
 def stock_kv_bytes(shape: Shape, loads: Sequence[Load], max_len: int) -> int:

@@ -1,13 +1,17 @@
 """The device engine under the random scheduler of `test_engine`: its kernels run on the GPU, or in the interpreter."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from tests import random_checkpoint
 from tests.kernels import DEVICE, load
 from tests.test_engine import CHUNK, DIM, HKV, HQ, LAYERS, SCALE, Simulation, config, run
 from vllm_lsa.device.engine import DeviceEngine
 from vllm_lsa.device.state import PAGE
+from vllm_lsa.engine import LsaEngine
 from vllm_lsa.errors import LsaError
 from vllm_lsa.residency.requests import StepUpdate
 
@@ -69,8 +73,18 @@ class DeviceSimulation(Simulation):
         assert sorted(control._free_pages) == list(range(len(sets.chunk)))
 
 
-@pytest.mark.parametrize("indexer", ["mean_key", "usage", "recency", "random", "keep_all"])
-@pytest.mark.parametrize("demand", ["off", "mean_key"])
+def cases(*every: tuple, interpreted: int) -> list[tuple]:
+    """All of them on a GPU, the first few in the interpreter."""
+    return list(every) if DEVICE.type == "cuda" else list(every[:interpreted])
+
+
+@pytest.mark.parametrize(
+    "indexer, demand",
+    cases(
+        ("mean_key", "mean_key"), ("random", "off"), ("keep_all", "mean_key"), ("usage", "mean_key"),
+        ("mean_key", "off"), ("recency", "off"), ("recency", "mean_key"), ("random", "mean_key"), interpreted=3,
+    ),
+)  # fmt: skip
 def test_attention_equals_plain_attention_over_the_same_sets(indexer, demand):
     simulation = DeviceSimulation(config(indexer=indexer, demand=demand, budget=0.2), slots=LAYERS * HKV * 40)
     drive(simulation)
@@ -78,8 +92,14 @@ def test_attention_equals_plain_attention_over_the_same_sets(indexer, demand):
     simulation.leak_check()
 
 
-@pytest.mark.parametrize("sets", ["per_head", "per_layer", "shared"])
-@pytest.mark.parametrize("demand, lookahead", [("product", "indexer"), ("off", "indexer"), ("product", "usage")])
+@pytest.mark.parametrize(
+    "demand, lookahead, sets",
+    cases(
+        ("product", "indexer", "per_head"), ("product", "usage", "per_layer"), ("off", "indexer", "shared"),
+        ("product", "usage", "per_head"), ("product", "indexer", "per_layer"), ("product", "indexer", "shared"),
+        ("off", "indexer", "per_head"), ("off", "indexer", "per_layer"), interpreted=3,
+    ),
+)  # fmt: skip
 def test_a_trained_checkpoint_serves(tmp_path, sets, demand, lookahead):
     folder = random_checkpoint.write(tmp_path, LAYERS, HQ, HKV, DIM, CHUNK, scorers=(0, 2), weights=(0.4, 1.6, 1.0))
     settings = config(indexer=str(folder), demand=demand, lookahead=lookahead, sets=sets, budget=0.3, demand_chunks=2)
@@ -88,6 +108,22 @@ def test_a_trained_checkpoint_serves(tmp_path, sets, demand, lookahead):
     assert simulation.sparse_decodes > 30
     assert (int(simulation.engine._wanted.demanded) > 0) == (demand != "off")
     simulation.leak_check()
+
+
+def test_scores_by_kernel_are_the_policys():
+    simulation = DeviceSimulation(config(indexer="mean_key", demand="off", budget=0.2), slots=LAYERS * HKV * 40)
+    engine, compared = simulation.engine, []
+
+    def both(request, row, x):
+        fast = DeviceEngine._score(engine, request, row, replace(x))
+        slow = LsaEngine._score(engine, request, row, x)
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-6)
+        compared.append(request.id)
+        return fast
+
+    engine._score = both
+    drive(simulation, steps=8)
+    assert compared
 
 
 def test_everything_stays_resident_while_it_fits():
@@ -99,7 +135,7 @@ def test_everything_stays_resident_while_it_fits():
     simulation.leak_check()
 
 
-@pytest.mark.parametrize("slots", [4, LAYERS * HKV * 7])
+@pytest.mark.parametrize("slots", [LAYERS * HKV * 7, 4][: 2 if DEVICE.type == "cuda" else 1])
 def test_a_pool_smaller_than_what_is_kept_reads_the_host_and_is_exact(slots):
     simulation = DeviceSimulation(config(budget=1.0), slots=slots, seed=3)
     drive(simulation)
@@ -107,7 +143,7 @@ def test_a_pool_smaller_than_what_is_kept_reads_the_host_and_is_exact(slots):
     simulation.leak_check()
 
 
-@pytest.mark.parametrize("demand", ["off", "mean_key"])
+@pytest.mark.parametrize("demand", ["mean_key", "off"][: 2 if DEVICE.type == "cuda" else 1])
 def test_more_requests_than_the_pool_has_room_for(demand):
     simulation = DeviceSimulation(config(budget=0.1, demand=demand), slots=LAYERS * HKV * 6, seed=4)
     drive(simulation)

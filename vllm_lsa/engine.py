@@ -277,31 +277,23 @@ class LsaEngine:
     ) -> torch.Tensor:
         """The full chunks to keep, bool [lanes, num_chunks] on the device. row: of the buffer of last queries.
         budget_chunks: int64 [lanes]. usage: fp32 [lanes, num_chunks], None without demand."""
-        config, policy = self.config, self._policy
-        cells = query = None
-        if policy.index is not None:
-            blocks = torch.from_numpy(request.blocks.astype(np.int64)).to(self._device, non_blocking=True)
-            of_layers = [self.layout.part(cells, policy.index) for cells in self._cells]
-            cells = torch.stack([gather_cells(part, blocks, num_chunks) for part in of_layers])
-            query = self._queries[row]
-        scores = policy.score(
-            ScoreInput(
-                query=query,
-                cells=cells,
-                usage=usage,
-                num_chunks=num_chunks,
-                num_layers=self.geometry.num_layers,
-                layer_lanes=self.geometry.layer_lanes,
-                position=request.num_computed,
-                scale=self._scale,
-                mode=config.mode,
-                request_seed=request.seed,
-                cycle=cycle,
-                device=self._device,
-                peers=self.peers,
-            )
+        config = self.config
+        x = ScoreInput(
+            query=None,
+            cells=None,
+            usage=usage,
+            num_chunks=num_chunks,
+            num_layers=self.geometry.num_layers,
+            layer_lanes=self.geometry.layer_lanes,
+            position=request.num_computed,
+            scale=self._scale,
+            mode=config.mode,
+            request_seed=request.seed,
+            cycle=cycle,
+            device=self._device,
+            peers=self.peers,
         )
-        scores = self._set_peers.combine(scores, config.mode)
+        scores = self._set_peers.combine(self._score(request, row, x), config.mode)
         return select(
             scores,
             budget_chunks=torch.from_numpy(budget_chunks).to(self._device, non_blocking=True),
@@ -311,3 +303,13 @@ class LsaEngine:
             shared=config.sets == "shared",
             mode=config.mode,
         )
+
+    def _score(self, request: Request, row: int, x: ScoreInput) -> torch.Tensor:
+        """The policy's scores fp32 [lanes, N]. row: of the buffer of last queries. x: without query and cells."""
+        policy = self._policy
+        if policy.index is not None:
+            blocks = torch.from_numpy(request.blocks.astype(np.int64)).to(self._device, non_blocking=True)
+            of_layers = [self.layout.part(cells, policy.index) for cells in self._cells]
+            x.cells = torch.stack([gather_cells(part, blocks, x.num_chunks) for part in of_layers])
+            x.query = self._queries[row]
+        return policy.score(x)

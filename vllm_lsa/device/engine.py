@@ -1,6 +1,7 @@
 """LSA of one rank on a CUDA device: the sets live there, and a decode step is a fixed sequence of kernels."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from vllm_lsa.ops.encode_rows import ProductCodec, encode_chunks, encode_decoded
 from vllm_lsa.ops.resident_decode import DecodeScratch, resident_decode
 from vllm_lsa.ops.score_rows import score_rows, score_scratch
 from vllm_lsa.residency.plan import Row
+from vllm_lsa.residency.policies.base import ScoreInput
+from vllm_lsa.residency.policies.query import QueryPolicy
 from vllm_lsa.residency.requests import Request
 from vllm_lsa.residency.usage import DECAY
 
@@ -61,6 +64,7 @@ class DeviceEngine(LsaEngine):
                     + (", usage, recency or random" if name == "indexer" else " (product), or off")
                 )
         self._max_model_len = max_model_len
+        self._places: dict[Request, int] = {}
         self._prefill = prefill or TorchPrefill()
         self.tracer: Tracer | None = None
 
@@ -116,7 +120,34 @@ class DeviceEngine(LsaEngine):
         self.control = DeviceControl(
             config, g, self.pool, self.store, self.sets, self.refresh, rows, self._fetch, self._layer_weights
         )
+        if device.type == "cuda":
+            self._warm_up()
         self.close_step()
+
+    def _warm_up(self) -> None:
+        """Compile what no CUDA graph holds, on rows and tokens that are none, so that no request waits for it."""
+        assert self.store is not None
+        g, pool, host, layer = self.geometry, self.pool.pages, self.store.pages, 0
+        self.plan_capture(1)
+        rows = self._rows.first(1)
+        ops.advance(rows, self.sets, self._slot_of, self._tails, g)
+        self._refresh_rows(rows)
+        self._await_copies()
+        ops.fetch(pool, host, self.refresh.copy_page[:1], self.refresh.copy_slot[:1], MANY_COPIES)
+        none = torch.full((1,), -1, dtype=torch.int64, device=self._device)
+        zero = torch.zeros(1, dtype=torch.int32, device=self._device)
+        # In the middle of a row of q, k and v, as the model hands them on.
+        heads = torch.zeros(16, g.num_q_heads + 2 * g.num_kv_heads, g.head_dim, dtype=g.dtype, device=self._device)
+        q, k, v = heads.split([g.num_q_heads, g.num_kv_heads, g.num_kv_heads], 1)
+        ops.write_tokens(k, v, pool, host, none, zero, self._slot_of, layer, g)
+        for index, parts in self._parts:
+            encode_chunks(k, none.int(), zero, zero, parts[layer], g.chunk_tokens, _codec(index, layer))
+            encode_pages(host, none, zero, zero, parts[layer], layer, g, _codec(index, layer))
+        self._history.begin([history := History(none + 1, g.chunk_tokens, False)])
+        keys, values = self._history.take(layer, history)
+        state = self._prefill.attend(q, k, v, self._scale, causal=True)
+        self._prefill.merge(state, self._prefill.attend(q, keys, values, self._scale, causal=False))
+        self._history.bytes_streamed = 0
 
     def _leave(self, request: Request) -> None:
         # What is still on its way must not come into a slot that has got another owner.
@@ -159,6 +190,7 @@ class DeviceEngine(LsaEngine):
         self._fill_rows([placed[i] for i in decodes], decodes, block_table, len(rows))
         count = max(padded, len(decodes))
         step = DevicePlan(self._rows.first(count), requests=[placed[i].request.id for i in decodes])
+        self._places = {placed[i].request: place for place, i in enumerate(decodes)}
         real = self._rows.first(len(decodes))
         ops.advance(real, self.sets, self._slot_of, self._tails, self.geometry)
         for selection in selections:
@@ -252,8 +284,9 @@ class DeviceEngine(LsaEngine):
             self.refresh.chunk[row] = -1
             mask = first_step(self.sets, row, mask)
         blocks = self._upload(self.store.page_ids(request.blocks, np.arange(full + 1)))
-        owned = self._upload(self.control.owned(request).astype(np.int32))
-        page, slot = apply_selection(self.sets, row, mask, owned, blocks, self._lane_page)
+        counts = self.control.owned(request)
+        owned, most = self._upload(counts.astype(np.int32)), int(counts.max())
+        page, slot = apply_selection(self.sets, row, mask, owned, most, blocks, self._lane_page)
         if selection.first and request.num_computed % g.chunk_tokens:
             self._add_tail(row, full, page, slot, blocks)
         self._incoming += (slot >= 0).sum()
@@ -261,19 +294,43 @@ class DeviceEngine(LsaEngine):
         ops.fetch(self.pool.pages, self.store.pages, page.contiguous(), slot.contiguous(), MANY_COPIES)
         self._stalls.stop()
 
+    def _score(self, request: Request, row: int, x: ScoreInput) -> torch.Tensor:
+        policy = self._policy
+        if not isinstance(policy, QueryPolicy) or not isinstance(policy.index, MeanKeyIndex):
+            return super()._score(request, row, x)
+        # The cells are read where they are, by the kernel that scores them for demand.
+        g, place = self.geometry, self._places[request]
+        pages = -(-x.num_chunks // PAGE)
+        logits = torch.empty(g.num_layers, pages, g.num_q_heads, PAGE, device=self._device)
+        own = replace(self.sets, pages=torch.arange(pages, dtype=torch.int32, device=self._device)[None])
+        here = slice(place, place + 1)
+        rows = DeviceRows(
+            token=self._rows.query_row[here],
+            length=self._rows.length[here],
+            state=torch.zeros(1, dtype=torch.int32, device=self._device),
+            query_row=self._rows.query_row[here],
+            block_table=self._rows.block_table[here],
+        )
+        for layer, cells in enumerate(self._cells):
+            part = self.layout.part(cells, policy.index)
+            score_rows(self._queries[:, layer], part, rows, own, g.chunk_tokens, x.scale, logits[layer])
+        return policy.combine(logits.transpose(1, 2).flatten(2)[..., : x.num_chunks], x)
+
     def _continue_refresh(self, requests: list[Request]) -> None:
         """Put what was copied beside the last step into its sets, and copy the next chunks beside this one."""
-        if not any(self.control.refreshes(request) for request in requests):
-            return
+        if any(self.control.refreshes(request) for request in requests):
+            self._refresh_rows(self._refreshed.first(len(requests)))
+
+    def _refresh_rows(self, rows: DeviceRows) -> None:
         assert self.store is not None
-        config, rows, state = self.config, self._refreshed.first(len(requests)), self.refresh
+        config, state = self.config, self.refresh
         demands = self._demand.index is not None
         ops.refresh(
             rows, self.sets, state, self.geometry,
             sink=config.sink_chunks, recency=config.recency_chunks,
             most_used=config.demand_threshold if demands else float("inf"),
         )  # fmt: skip
-        n = len(requests)
+        n = len(rows.length)
         copies = (self.pool.pages, self.store.pages, state.copy_page[:n], state.copy_slot[:n], FEW)
         if self._side is None:
             ops.fetch(*copies)

@@ -6,19 +6,26 @@ from vllm_lsa.device.state import PAGE, DeviceSets
 
 
 def apply_selection(
-    sets: DeviceSets, row: int, mask: torch.Tensor, owned: torch.Tensor, blocks: torch.Tensor, lane_page: torch.Tensor
+    sets: DeviceSets,
+    row: int,
+    mask: torch.Tensor,
+    owned: torch.Tensor,
+    most_owned: int,
+    blocks: torch.Tensor,
+    lane_page: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Replace a row's set by the chunks of `mask` and its tail. What stays keeps its slot; what comes takes the slots
     of what leaves, and spare ones.
 
     mask: bool [lanes, N], the row's N full chunks; the tail is chunk N and entry counts - 1. owned: int32 [lanes],
-    slots of each lane, at least one more than it keeps. blocks: int64 [N], each chunk's page in lane 0. lane_page:
-    int64 [lanes], what a lane adds to a page.
+    slots of each lane, at least one more than it keeps; most_owned: the most of them. blocks: int64 [>= N], each
+    chunk's page in lane 0. lane_page: int64 [lanes], what a lane adds to a page.
     Returns what has to be copied, page int64 and slot int32 [lanes, E], -1 where nothing is.
     """
     lanes, full = mask.shape
-    width = sets.pages.shape[1] * PAGE
-    pages = sets.pages[row].long()
+    # The lists are short beside the chunks that they are chosen from.
+    width = -(-most_owned // PAGE) * PAGE
+    pages = sets.pages[row, : width // PAGE].long()
     device = mask.device
 
     def lane_major(paged: torch.Tensor) -> torch.Tensor:
@@ -51,17 +58,16 @@ def apply_selection(
     page = blocks[torch.where(is_new, new_chunk, 0).long()] if full else torch.zeros_like(entry)
     write(sets.slot, new_slot)
     write(sets.chunk, new_chunk)
-    held = torch.zeros(lanes, width, dtype=torch.uint8, device=device)
+    held = torch.ones(lanes, full + 1, dtype=torch.uint8, device=device)
     held[:, :full] = mask
-    held[:, full] = 1
-    write(sets.held, held)
+    write_by_chunk(sets, row, sets.held, held)
     sets.counts[row] = (kept + coming + 1).flatten().int()
     return page + lane_page[:, None], torch.where(is_new, new_slot, -1)
 
 
 def by_chunk(sets: DeviceSets, row: int, paged: torch.Tensor, count: int) -> torch.Tensor:
     """A row's values of a buffer by chunk, [lanes, count]."""
-    return paged[sets.pages[row].long()].transpose(0, 1).flatten(1)[:, :count]
+    return paged[sets.pages[row, : -(-count // PAGE)].long()].transpose(0, 1).flatten(1)[:, :count]
 
 
 def write_by_chunk(sets: DeviceSets, row: int, paged: torch.Tensor, values: torch.Tensor) -> None:

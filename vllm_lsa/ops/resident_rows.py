@@ -192,11 +192,11 @@ def pick(
     grid = (len(rows.length), g.layer_lanes)
     shape = dict(CHUNK=g.chunk_tokens, PAGE=PAGE, Q_HEADS=g.num_q_heads, LANE_Q=per_lane, SPLITS=splits, BLOCK=block)
     heads, stride, first = _power_of_two(per_lane), sets.pages.stride(0), layer * g.layer_lanes
-    demand.mass_stats_kernel[(*grid, splits)](
+    demand.mass_stats_kernel[grid + (splits,)](
         rows.length, rows.state, sets.pages, scratch.logits, scratch.top, scratch.total, stride,
         **shape, LANE_Q_PAD=heads, num_warps=4,
     )  # fmt: skip
-    demand.mass_kernel[(*grid, splits)](
+    demand.mass_kernel[grid + (splits,)](
         rows.length, rows.state, sets.pages, sets.held, sets.usage, scratch.logits, scratch.top, scratch.total,
         scratch.wanted, scratch.best, scratch.where, stride, g.num_lanes, first, threshold, decay,
         **shape, LANE_Q_PAD=heads, num_warps=4,

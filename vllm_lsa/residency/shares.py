@@ -62,7 +62,7 @@ class Shares:
             if total <= self._num_slots:
                 break
             saved = self.footprint(request, True) - self.footprint(request, False) if wholes[request] else 0
-            if saved:
+            if saved > 0:
                 fallen.append(request)
                 total -= saved
         return fallen

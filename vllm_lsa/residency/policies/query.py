@@ -18,7 +18,11 @@ class QueryPolicy(LookaheadPolicy):
 
     def score(self, x: ScoreInput) -> torch.Tensor:
         assert self.index is not None and x.query is not None and x.cells is not None
-        shares = self.index.chunk_logits(x.query, x.cells[:, : x.num_chunks], x.scale).softmax(-1)
+        return self.combine(self.index.chunk_logits(x.query, x.cells[:, : x.num_chunks], x.scale), x)
+
+    @staticmethod
+    def combine(logits: torch.Tensor, x: ScoreInput) -> torch.Tensor:
+        """Scores [lanes, N] of each head's log mass fp32 [L, Hq, N]."""
         # [L, Hq, N] -> [lanes, heads of a lane, N]
-        heads = shares.unflatten(1, (x.layer_lanes, -1)).flatten(0, 1)
+        heads = logits.softmax(-1).unflatten(1, (x.layer_lanes, -1)).flatten(0, 1)
         return (heads.amax(1) if x.mode == "or" else heads.mean(1)).clamp(min=_LEAST)
