@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tests import test_engine as simulated
-from vllm_lsa.engine import LsaEngine
+from vllm_lsa.host_engine import HostEngine
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.residency.peers import Peers
 
@@ -41,7 +41,7 @@ class Divided:
 
     def __init__(self, simulation: Comparison, geometry: KVGeometry, slots: int) -> None:
         config, self.ranks, self.same_sets = simulation.config, simulation.ranks, simulation.same_sets
-        self.whole = LsaEngine(config, geometry, simulated.SCALE, slots, 32, simulated.DEVICE)
+        self.whole = HostEngine(config, geometry, simulated.SCALE, slots, 32, simulation.device)
         self.sets: dict[tuple[int, str], set[int]] = {}
         heads = max(1, geometry.num_kv_heads // self.ranks)
         self.parts = []
@@ -51,7 +51,7 @@ class Divided:
                 layer_lanes=config.layer_lanes(heads), rank=rank, ranks=self.ranks,
             )  # fmt: skip
             room = slots * own.num_lanes // geometry.num_lanes
-            self.parts.append(LsaEngine(config, own, simulated.SCALE, room, 32, simulated.DEVICE))
+            self.parts.append(HostEngine(config, own, simulated.SCALE, room, 32, simulation.device))
         self.gathers = 0
         self._given: list[Any] = [None] * self.ranks
         # A rank that does not come is a disagreement: fail instead of waiting.
@@ -73,7 +73,7 @@ class Divided:
 
         return gather
 
-    def _on_ranks(self, call: Callable[[int, LsaEngine], Any]) -> list[Any]:
+    def _on_ranks(self, call: Callable[[int, HostEngine], Any]) -> list[Any]:
         def one(rank: int) -> Any:
             try:
                 return call(rank, self.parts[rank])
@@ -114,7 +114,7 @@ class Divided:
         self.whole.attend(plan, layer, q, k, v, out)
         lanes = self.whole.geometry.layer_lanes
 
-        def attend(rank: int, part: LsaEngine) -> None:
+        def attend(rank: int, part: HostEngine) -> None:
             g = part.geometry
             mine = slice(rank * g.num_q_heads, (rank + 1) * g.num_q_heads)
             first = rank * self.whole.geometry.num_kv_heads // self.ranks

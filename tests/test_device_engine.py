@@ -39,8 +39,10 @@ def drive(simulation: "DeviceSimulation", steps: int = 20) -> None:
 
 
 class DeviceSimulation(Simulation):
+    device = DEVICE
+
     def make_engine(self, geometry, slots):
-        return DeviceEngine(self.config, geometry, SCALE, slots, 32, DEVICE, max_model_len=400)
+        return DeviceEngine(self.config, geometry, SCALE, slots, 32, self.device, max_model_len=400)
 
     def watch(self):
         self.engine.tracer = self.trace_sets

@@ -1,5 +1,5 @@
-"""The engine without vLLM: a small random scheduler drives it, and every output is compared with plain attention over
-the chunks that the engine says it attended to."""
+"""The engine of a CPU without vLLM: a small random scheduler drives it, and every output is compared with plain
+attention over the chunks that the engine says it attended to."""
 
 import numpy as np
 import pytest
@@ -8,16 +8,18 @@ import torch
 from tests import random_checkpoint
 from vllm_lsa.config import LsaConfig
 from vllm_lsa.engine import LsaEngine
+from vllm_lsa.host_engine import HostEngine
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.residency.requests import NewRequest, RequestUpdate, StepUpdate
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYERS, HQ, HKV, DIM, BLOCK, CHUNK = 3, 6, 2, 16, 32, 8
 SCALE = DIM**-0.5
 
 
 class Simulation:
     """Blocks, prefix sharing, chunked prefill, preemption, aborts: what vLLM's scheduler does, at random."""
+
+    device = torch.device("cpu")
 
     def __init__(self, config: LsaConfig, slots: int, blocks: int = 60, seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)
@@ -28,7 +30,7 @@ class Simulation:
         cell = self.engine.layout.cell_bytes
         # Content may be anything before it is written: vLLM does not clear index cells.
         cells = [torch.randint(0, 256, (blocks, HKV, BLOCK // CHUNK, cell), dtype=torch.uint8) for _ in range(LAYERS)]
-        self.engine.attach(blocks, [cell.to(DEVICE) for cell in cells])
+        self.engine.attach(blocks, [cell.to(self.device) for cell in cells])
         self.watch()
         self.free = list(range(1, blocks))
         self.live: dict[str, dict] = {}
@@ -41,7 +43,7 @@ class Simulation:
         self.decodes = 0
 
     def make_engine(self, geometry: KVGeometry, slots: int) -> LsaEngine:
-        return LsaEngine(self.config, geometry, SCALE, slots, 32, DEVICE)
+        return HostEngine(self.config, geometry, SCALE, slots, 32, self.device)
 
     def watch(self) -> None:
         self.engine.attention.tracer = self.trace
@@ -127,7 +129,7 @@ class Simulation:
             ]
             k, v = torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
             out = torch.full_like(q, float("nan"))
-            on_device = [x.to(DEVICE) for x in (q, k, v, out)]
+            on_device = [x.to(self.device) for x in (q, k, v, out)]
             self.engine.attend(plan, layer, *on_device)
             out = on_device[-1].cpu()
             start = 0

@@ -109,9 +109,12 @@ def test_pick_follows_the_rule(lanes, most, threshold, seed):
     usage = s.sets.usage.clone()
     sparse = [bool(on and length) for on, length in zip(BUDGET, LENGTHS, strict=True)]
     before = [[s.read_lane(i, lane) if on else None for lane in range(2 * lanes)] for i, on in enumerate(sparse)]
+    pool, host = s.pools(torch.float32)
+    host.normal_()
     ops.pick(
-        s.rows, s.sets, scratch, layer, g, sink=sink, recency=recency, threshold=threshold, decay=decay, block=64
-    )
+        s.rows, s.sets, scratch, layer, g, pool, host,
+        sink=sink, recency=recency, threshold=threshold, decay=decay, block=64,
+    )  # fmt: skip
     rule, total = Replacement(most, threshold, sink, recency), 0
     per_lane = g.num_q_heads // lanes
     for i, length in enumerate(LENGTHS):
@@ -140,12 +143,15 @@ def test_pick_follows_the_rule(lanes, most, threshold, seed):
             copied = scratch.slot[i, local].cpu().numpy()
             assert (copied[: len(picked)] == [slot_of[c] for c in picked]).all() and (copied[len(picked) :] == -1).all()
             assert (scratch.page[i, local].cpu().numpy()[: len(picked)] == s.page(i, picked, lane)).all()
+            assert torch.equal(pool[copied[: len(picked)]].cpu(), host[s.page(i, picked, lane)])
+            pool[copied[: len(picked)]] = float("nan")
             held = s.by_chunk(s.sets.held, i, lane, full + 1)
             assert (held == np.isin(np.arange(full + 1), got)).all()
             total += len(picked)
         for lane in range(lanes):  # the other layer is as it was
             assert all((a == b).all() for a, b in zip(s.read_lane(i, lane), before[i][lane], strict=True))
     assert int(scratch.demanded) == total
+    assert pool.isnan().all()  # and nothing else was copied
 
 
 def test_advance_gives_a_new_chunk_to_every_lane():

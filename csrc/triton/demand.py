@@ -60,6 +60,30 @@ def _range(full, part, SPLITS: tl.constexpr, PAGE: tl.constexpr):
 
 
 @triton.jit
+def _stats(
+    set_pages, logits, first, last, local,
+    PAGE: tl.constexpr, Q_HEADS: tl.constexpr, LANE_Q: tl.constexpr, LANE_Q_PAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Each head's maximum and sum over the chunks from first up to last."""
+    heads = tl.arange(0, LANE_Q_PAD)[:, None]
+    real = heads < LANE_Q
+    top = tl.full([LANE_Q_PAD], -float("inf"), tl.float32)
+    total = tl.zeros([LANE_Q_PAD], tl.float32)
+    for begin in range(first, last, BLOCK):
+        chunk = begin + tl.arange(0, BLOCK)
+        valid = chunk < last
+        page = tl.load(set_pages + chunk // PAGE, mask=valid, other=0).to(tl.int64)
+        at = (page * Q_HEADS + local * LANE_Q)[None, :] * PAGE + heads * PAGE + (chunk % PAGE)[None, :]
+        x = tl.load(logits + at, mask=real & valid[None, :], other=-float("inf"))
+        higher = tl.maximum(top, tl.max(x, 1))
+        # A head that saw nothing yet is at -inf; its exponent would be NaN.
+        safe = tl.where(higher == -float("inf"), 0.0, higher)
+        total = total * tl.exp(top - safe) + tl.sum(tl.exp(x - safe[:, None]), 1)
+        top = higher
+    return top, total
+
+
+@triton.jit
 def mass_stats_kernel(
     length, state, all_pages, logits, top_of, sum_of, pages_stride,
     CHUNK: tl.constexpr, PAGE: tl.constexpr, Q_HEADS: tl.constexpr, LANE_Q: tl.constexpr, LANE_Q_PAD: tl.constexpr,
@@ -79,22 +103,8 @@ def mass_stats_kernel(
         return
     full = (tokens - 1) // CHUNK
     set_pages = all_pages + mine * pages_stride
-    heads = tl.arange(0, LANE_Q_PAD)[:, None]
-    real = heads < LANE_Q
     first, last = _range(full, part, SPLITS, PAGE)
-    top = tl.full([LANE_Q_PAD], -float("inf"), tl.float32)
-    total = tl.zeros([LANE_Q_PAD], tl.float32)
-    for begin in range(first, last, BLOCK):
-        chunk = begin + tl.arange(0, BLOCK)
-        valid = chunk < last
-        page = tl.load(set_pages + chunk // PAGE, mask=valid, other=0).to(tl.int64)
-        at = (page * Q_HEADS + local * LANE_Q)[None, :] * PAGE + heads * PAGE + (chunk % PAGE)[None, :]
-        x = tl.load(logits + at, mask=real & valid[None, :], other=-float("inf"))
-        higher = tl.maximum(top, tl.max(x, 1))
-        # A head that saw nothing yet is at -inf; its exponent would be NaN.
-        safe = tl.where(higher == -float("inf"), 0.0, higher)
-        total = total * tl.exp(top - safe) + tl.sum(tl.exp(x - safe[:, None]), 1)
-        top = higher
+    top, total = _stats(set_pages, logits, first, last, local, PAGE, Q_HEADS, LANE_Q, LANE_Q_PAD, BLOCK)
     place = ((row * tl.num_programs(1) + local) * LANE_Q_PAD + tl.arange(0, LANE_Q_PAD)) * SPLITS + part
     tl.store(top_of + place, top)
     tl.store(sum_of + place, total)
@@ -125,10 +135,15 @@ def mass_kernel(
     real = heads < LANE_Q
     place = row * tl.num_programs(1) + local
     every = (place * LANE_Q_PAD + heads) * SPLITS + tl.arange(0, SPLITS)[None, :]
-    tops = tl.load(top_of + every)
+    if SPLITS == 1:
+        top, total = _stats(set_pages, logits, 0, full, local, PAGE, Q_HEADS, LANE_Q, LANE_Q_PAD, BLOCK)
+        tops, sums = top[:, None], total[:, None]
+        tl.debug_barrier()
+    else:
+        tops, sums = tl.load(top_of + every), tl.load(sum_of + every)
     peak = tl.max(tops, 1)
     peak = tl.where(peak == -float("inf"), 0.0, peak)
-    norm = tl.sum(tl.load(sum_of + every) * tl.exp(tops - peak[:, None]), 1)
+    norm = tl.sum(sums * tl.exp(tops - peak[:, None]), 1)
     weight = tl.where(norm > 0, 1.0 / (tl.where(norm > 0, norm, 1.0) * LANE_Q), 0.0)
     first, last = _range(full, part, SPLITS, PAGE)
     wanted = 0
@@ -162,15 +177,17 @@ def mass_kernel(
 @triton.jit(do_not_specialize=["lane_first", "sink", "recency"])
 def pick_kernel(
     length, state, block_table, all_pages, counts, caps, entry_chunk, entry_slot, held, usage, logits,
-    wanted_of, best_of, where_of, victims, fetch_page, fetch_slot, demanded,
-    table_stride, pages_stride, lanes, lane_first, sink, recency,
+    wanted_of, best_of, where_of, victims, fetch_page, fetch_slot, demanded, pool,
+    host_delta, table_stride, pages_stride, lanes, lane_first, sink, recency,
+    ELEMENTS: tl.constexpr, TILE: tl.constexpr,
     MOST: tl.constexpr, CHUNK: tl.constexpr, PER_BLOCK: tl.constexpr, PAGE: tl.constexpr,
     Q_HEADS: tl.constexpr, LANE_Q: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program for each row and lane of a layer, after `mass_kernel`: what comes, what leaves, and into which slot.
+    """One program for each row and lane of a layer, after `mass_kernel`: what comes, what leaves, into which slot; then
+    it copies what comes from the host.
 
     victims: int32 [rows, lanes of the layer, MOST + 1], scratch. fetch_page, fetch_slot: [rows, lanes of the layer,
-    MOST], what to copy, -1 for nothing. demanded: int64 [1], counted up.
+    MOST], what is copied, -1 for nothing. demanded: int64 [1], counted up. ELEMENTS: of a page.
     """
     row = tl.program_id(0)
     local = tl.program_id(1)
@@ -300,6 +317,14 @@ def pick_kernel(
         tl.debug_barrier()
         step += 1
     tl.store(counts + mine * lanes + lane, count)
+    for item in range(picks):
+        to = tl.load(fetch_slot + place * MOST + item).to(tl.int64)
+        if to >= 0:
+            at = host_delta + tl.load(fetch_page + place * MOST + item) * ELEMENTS
+            for begin in range(0, ELEMENTS, TILE):
+                piece = begin + tl.arange(0, TILE)
+                inside = piece < ELEMENTS
+                tl.store(pool + to * ELEMENTS + piece, tl.load(pool + at + piece, mask=inside), mask=inside)
 
 
 @triton.jit(do_not_specialize=["sink", "recency"])

@@ -37,8 +37,8 @@ MANY_COPIES = 1024
 """Programs of a copy that the step has to wait for."""
 
 
-class DeviceEngine(LsaEngine):
-    """As `LsaEngine`, for a CUDA device. `attend` of a step without prompts can be captured in a CUDA graph."""
+class DeviceEngine(LsaEngine[DevicePlan]):
+    """For a CUDA device. `attend` of a step without prompts can be captured in a CUDA graph."""
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class DeviceEngine(LsaEngine):
         self._rows.state.fill_(-1)
         return DevicePlan(self._rows.first(num_rows))
 
-    def plan(  # type: ignore[override]
+    def plan(
         self,
         rows: Sequence[tuple[str, int]],
         block_table: torch.Tensor | None = None,
@@ -377,7 +377,7 @@ class DeviceEngine(LsaEngine):
 
     # -- attention --------------------------------------------------------------------------------------------------
 
-    def attend(  # type: ignore[override]
+    def attend(
         self, plan: DevicePlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
     ) -> None:
         """Attention of one layer. q, out: [t, Hq, D]; k, v: [t, Hkv, D], RoPE applied. Writes out."""
@@ -404,11 +404,9 @@ class DeviceEngine(LsaEngine):
                 tables = {"to_query": t.to_query[layer], "centroids": t.centroids[layer], "scratch": self._tables}
             score_rows(q, cells, rows, sets, g.chunk_tokens, self._scale, self._wanted.logits, **tables)
             ops.pick(
-                rows, sets, self._wanted, layer, g,
+                rows, sets, self._wanted, layer, g, pool, host,
                 sink=config.sink_chunks, recency=config.recency_chunks, threshold=config.demand_threshold, decay=DECAY,
             )  # fmt: skip
-            n = len(rows.length)
-            ops.fetch(pool, host, self._wanted.page[:n], self._wanted.slot[:n])
         if self.tracer is not None:
             self.tracer(layer, plan)
         resident_decode(q, pool, host, rows, self._slot_of, sets, layer, g, self._scale, out, self._scratch)

@@ -118,10 +118,10 @@ def advance(
 
 @dataclass
 class DemandScratch:
-    """What demand needs beside the sets, for up to n rows: what to copy, and room for the search.
+    """What demand needs beside the sets, for up to n rows: what was copied, and room for the search.
 
-    victims: int32 [n, G, most + 1]. page: int64 [n, G, most], slot: int32 [n, G, most], -1 where nothing is to be
-    copied. demanded: int64 [1], chunks since the start. logits: fp32 [state pages, Hq, PAGE]. The chunks of a row are
+    victims: int32 [n, G, most + 1]. page: int64 [n, G, most], slot: int32 [n, G, most], -1 where nothing was copied.
+    demanded: int64 [1], chunks since the start. logits: fp32 [state pages, Hq, PAGE]. The chunks of a row are
     looked at in `splits` parts: top, total: fp32 [n, G, heads of a lane padded to a power of two, splits]; wanted,
     where: int32 [n, G, splits], best: fp32.
     """
@@ -169,6 +169,8 @@ def pick(
     scratch: DemandScratch,
     layer: int,
     geometry: KVGeometry,
+    pool: torch.Tensor,
+    host_pages: torch.Tensor,
     *,
     sink: int,
     recency: int,
@@ -179,8 +181,8 @@ def pick(
     """For each lane of a layer: note usage, take in the chunks with most mass, let the least used leave.
 
     scratch.logits holds the scores of the rows' full chunks and is overwritten; scratch.page and scratch.slot say what
-    is then to be copied. sink, recency: chunks that never leave. block: chunks that a program looks at at a time. The
-    rule is `Replacement.choose`; of equals the lowest entry leaves and the oldest chunk comes.
+    was copied from the host pages into the pool. sink, recency: chunks that never leave. block: chunks that a program
+    looks at at a time. The rule is `Replacement.choose`; of equals the lowest entry leaves and the oldest chunk comes.
     """
     from vllm_lsa.kernels import demand
 
@@ -192,10 +194,11 @@ def pick(
     grid = (len(rows.length), g.layer_lanes)
     shape = dict(CHUNK=g.chunk_tokens, PAGE=PAGE, Q_HEADS=g.num_q_heads, LANE_Q=per_lane, SPLITS=splits, BLOCK=block)
     heads, stride, first = _power_of_two(per_lane), sets.pages.stride(0), layer * g.layer_lanes
-    demand.mass_stats_kernel[grid + (splits,)](
-        rows.length, rows.state, sets.pages, scratch.logits, scratch.top, scratch.total, stride,
-        **shape, LANE_Q_PAD=heads, num_warps=4,
-    )  # fmt: skip
+    if splits > 1:  # the next kernel does it where each lane has one program anyway
+        demand.mass_stats_kernel[grid + (splits,)](
+            rows.length, rows.state, sets.pages, scratch.logits, scratch.top, scratch.total, stride,
+            **shape, LANE_Q_PAD=heads, num_warps=4,
+        )  # fmt: skip
     demand.mass_kernel[grid + (splits,)](
         rows.length, rows.state, sets.pages, sets.held, sets.usage, scratch.logits, scratch.top, scratch.total,
         scratch.wanted, scratch.best, scratch.where, stride, g.num_lanes, first, threshold, decay,
@@ -204,8 +207,10 @@ def pick(
     demand.pick_kernel[grid](
         rows.length, rows.state, rows.block_table, sets.pages, sets.counts, sets.caps, sets.chunk, sets.slot, sets.held,
         sets.usage, scratch.logits, scratch.wanted, scratch.best, scratch.where, scratch.victims, scratch.page,
-        scratch.slot, scratch.demanded, rows.block_table.stride(0), stride, g.num_lanes, first, sink, recency,
-        **shape, MOST=scratch.slot.shape[2], PER_BLOCK=g.chunks_per_block, num_warps=4,
+        scratch.slot, scratch.demanded, pool, host_delta(pool, host_pages), rows.block_table.stride(0), stride,
+        g.num_lanes, first, sink, recency,
+        **shape, ELEMENTS=pool[0].numel(), TILE=min(COPY_TILE, _power_of_two(pool[0].numel())),
+        MOST=scratch.slot.shape[2], PER_BLOCK=g.chunks_per_block, num_warps=4,
     )  # fmt: skip
 
 
