@@ -1,4 +1,4 @@
-"""Attention of one layer in one step: write-through, demand, resident decode, streamed history."""
+"""Attention of one layer in one step on a CPU: write-through, demand, resident decode, streamed history."""
 
 import logging
 from collections.abc import Callable
@@ -118,7 +118,7 @@ class LayerAttention:
         first = layer * group
         cells = self._layout.part(self.cells[layer], self._demand.index)
         shares = self._demand.mass(query, cells, row.blocks, full, self._scale, layer, group)
-        mass = self._peers.combine(shares, "mean").cpu().numpy()
+        mass = self._peers.combine(shares, "mean").numpy()
         usage = row.usage.note(slice(first, first + group), mass)
         resident, store = row.resident, self._transfers.store
         chosen = [
@@ -165,9 +165,9 @@ class LayerAttention:
             part = pages[begin : begin + self._tile]
             staged = self._staging(len(part))
             self._transfers.stream(part, staged)
-            table = torch.from_numpy(staged.astype(np.int32)).to(query.device)[None]
-            counts = torch.full((1,), len(part), dtype=torch.int32, device=query.device)
-            lens = torch.full((1,), first if begin == 0 else size, dtype=torch.int32, device=query.device)
+            table = torch.from_numpy(staged.astype(np.int32))[None]
+            counts = torch.full((1,), len(part), dtype=torch.int32)
+            lens = torch.full((1,), first if begin == 0 else size, dtype=torch.int32)
             more, more_lse = paged_decode_attention(query, self._pool.pages, table, counts, lens, self._scale)
             merged, merged_lse = merge_states(out, lse, more, more_lse)
             out.copy_(merged)
@@ -211,7 +211,7 @@ class LayerAttention:
             if len(absent):
                 slots[absent] = self._staging(len(absent))
                 self._transfers.stream(part[absent], slots[absent])
-            parts.append(self._pool.pages[torch.from_numpy(slots).to(self._pool.pages.device)])
+            parts.append(self._pool.pages[torch.from_numpy(slots)])
         gathered = parts[0] if len(parts) == 1 else torch.cat(parts)
         # [n * lanes, 2, heads, C, D] -> [n, 2, lanes * heads, C, D]
         return gathered.unflatten(0, (len(pages), -1)).transpose(1, 2).flatten(2, 3)

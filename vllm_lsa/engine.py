@@ -1,11 +1,12 @@
-"""LSA of one rank without vLLM: memory, residency and attention put together."""
+"""LSA of one rank without vLLM: what the engines of a CPU and of a CUDA device have in common."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
-from vllm_lsa.attention import LayerAttention
 from vllm_lsa.config import LsaConfig
 from vllm_lsa.errors import LsaError
 from vllm_lsa.indexer.layout import IndexLayout
@@ -13,23 +14,16 @@ from vllm_lsa.indexer.trained import Trained, find, load
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.memory.host_store import HostStore
 from vllm_lsa.memory.slot_pool import SlotPool
-from vllm_lsa.memory.transfers import Transfers, make_transfers
 from vllm_lsa.metrics import PER_GROUP, MetricsWriter
 from vllm_lsa.ops.native import gather_cells
 from vllm_lsa.residency.demand import make_demand
-from vllm_lsa.residency.lookahead import LookaheadScheduler
 from vllm_lsa.residency.peers import Peers
-from vllm_lsa.residency.plan import Row, StepPlan
-from vllm_lsa.residency.planner import plan_step
 from vllm_lsa.residency.policies import make_policy
 from vllm_lsa.residency.policies.base import ScoreInput
-from vllm_lsa.residency.replacement import Replacement
 from vllm_lsa.residency.requests import Request, RequestMirror, StepUpdate
 from vllm_lsa.residency.selection import select
-from vllm_lsa.residency.usage import Usage
 
-# Tokens of one layer in the staging area; its halves take turns, so a tile of streamed history is half of it.
-STAGING_TOKENS = 8192
+P = TypeVar("P")
 
 
 def load_trained(config: LsaConfig, device: torch.device, rank: int = 0, ranks: int = 1) -> Trained | None:
@@ -60,10 +54,10 @@ def index_layout(
     return IndexLayout([index for index in (policy.index, demand.index) if index is not None])
 
 
-class LsaEngine:
-    """LSA with all decisions made on the host: serves a CPU, and a CUDA device slowly (see `device.engine`).
+class LsaEngine(ABC, Generic[P]):
+    """The two tiers, and what decides which chunks to keep. P: the plan of a step.
 
-    The device pool from the start, the host store once `attach` says how many blocks there are.
+    The device pool is there from the start, the host store once `attach` says how many blocks there are.
 
     A step is `open_step` (what the scheduler decided), `plan` (the rows of the batch), `attend` for each layer, and
     `close_step`.
@@ -106,47 +100,18 @@ class LsaEngine:
             device=device,
         )
         self.store: HostStore | None = None
+        self._cells: list[torch.Tensor] = []
 
+    @abstractmethod
     def _staging_pages(self) -> int:
         """Pages beside the pool's slots, for what passes through."""
-        return STAGING_TOKENS // self.geometry.chunk_tokens * self.geometry.layer_lanes
 
+    @abstractmethod
     def attach(self, num_blocks: int, cells: Sequence[torch.Tensor]) -> None:
         """Allocate the host store for `num_blocks` blocks and take over the index cells of every layer.
 
         cells: one tensor a layer, uint8 [num_blocks, Hkv, chunks_per_block, cell_bytes].
         """
-        self._attach_store(num_blocks)
-        assert self.store is not None
-        self.transfers: Transfers = make_transfers(self.store, self.pool)
-        self.attention = LayerAttention(
-            self.geometry,
-            self._scale,
-            self.pool,
-            self.transfers,
-            self.layout,
-            self._demand,
-            Replacement(
-                self.config.demand_chunks,
-                self.config.demand_threshold,
-                self.config.sink_chunks,
-                self.config.recency_chunks,
-            ),
-            self._queries,
-            self._set_peers,
-        )
-        self._cells = self.attention.cells = list(cells)
-        self.lookahead = LookaheadScheduler(
-            self.config,
-            self.geometry,
-            self.pool,
-            self.transfers,
-            self._select,
-            self._max_requests,
-            self._layer_weights,
-            self.peers.agree,
-        )
-        self.close_step()  # pool and store have their sizes on /metrics before the first request
 
     @property
     def _set_peers(self) -> Peers:
@@ -178,29 +143,21 @@ class LsaEngine:
         for source, target in update.block_copies:
             self.store.copy_block(source, target)
 
+    @abstractmethod
     def _leave(self, request: Request) -> None:
-        self.lookahead.leave(request)
+        """Give back what a request holds, once nothing is on its way to it."""
 
+    @abstractmethod
     def _quiesce(self) -> None:
         """Wait until nothing writes to the host store but the host."""
 
-    def plan(self, rows: Sequence[tuple[str, int]]) -> StepPlan:
+    @abstractmethod
+    def plan(self, rows: Sequence[tuple[str, int]]) -> P:
         """Decide the resident sets of a step and lay it out. rows: (request id, tokens) in the order of the batch."""
-        assert self.store is not None
-        start, placed = 0, []
-        for name, length in rows:
-            placed.append(Row(self.mirror.requests[name], start, length))
-            start += length
-        self.lookahead.prepare(placed)
-        return plan_step(
-            placed, self.lookahead, self.geometry, self.store, self.pool, self.config.demand_chunks, self._device
-        )
 
-    def attend(
-        self, plan: StepPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        """Attention of one layer; see `LayerAttention.run`."""
-        self.attention.run(plan, layer, q, k, v, out)
+    @abstractmethod
+    def attend(self, plan: P, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+        """Attention of one layer. q, out: [t, Hq, D]; k, v: [t, Hkv, D], RoPE applied. Writes out."""
 
     def footprint(self) -> tuple[int, int, int]:
         """Bytes of live requests' K and V in whole chunks: all, those in resident sets, and the index beside them."""
@@ -213,8 +170,9 @@ class LsaEngine:
             chunks * cell,
         )
 
+    @abstractmethod
     def _num_resident(self) -> int:
-        return self.lookahead.num_resident
+        """Pages in resident sets."""
 
     def close_step(self) -> None:
         """Publish the metrics."""
@@ -238,33 +196,13 @@ class LsaEngine:
         for name, value in values.items():
             self._metrics.set(name, value)
 
+    @abstractmethod
     def counted(self) -> dict[str, float]:
         """Metrics that only grow, less the pool's."""
-        counts, transfers = self.lookahead.counts, self.transfers.counts
-        return {
-            "chunks_selected": counts.chunks_selected,
-            "chunks_demanded": self.attention.chunks_demanded,
-            "chunks_missed": counts.chunks_missed + self.attention.chunks_missed,
-            "bytes_fetched": transfers.bytes_fetched,
-            "bytes_written_back": transfers.bytes_written_back,
-            "bytes_streamed": transfers.bytes_streamed,
-            "fetch_seconds": transfers.fetch_seconds,
-            "stall_seconds": transfers.stall_seconds,
-            "cycles": counts.cycles,
-        }
 
+    @abstractmethod
     def close(self) -> None:
-        """End helper threads and withdraw the metrics."""
-        if self.store is not None:
-            self.transfers.close()
-        if self._metrics is not None:
-            self._metrics.close()
-
-    def _select(
-        self, request: Request, row: int, num_chunks: int, budget_chunks: np.ndarray, cycle: int, usage: Usage | None
-    ) -> np.ndarray:
-        noted = None if usage is None else torch.from_numpy(usage.of(num_chunks)).to(self._device)
-        return self._choose(request, row, num_chunks, budget_chunks, cycle, noted).cpu().numpy()
+        """End what runs beside the steps and withdraw the metrics."""
 
     def _choose(
         self,

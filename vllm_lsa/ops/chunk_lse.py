@@ -65,8 +65,6 @@ def keys4_chunk_logits(q: torch.Tensor, cells: torch.Tensor, chunk: int, scale: 
     multiple of 8, as is D. Returns [Hq, N] fp32. The kernel decodes no key: q·k̂ = minimum Σq + step (q·codes).
     Raises ValueError on a bad shape, dtype or stride.
     """
-    if q.device.type == "cuda":
-        return keys4_chunk_logits_naive(q, cells, chunk, scale)
     require(cells.dim() == 3, f"cells must be [N, Hkv, b], got {list(cells.shape)}")
     return _logits(q, cells.unsqueeze(2), None, len(cells), chunk, scale)
 
@@ -89,8 +87,6 @@ def keys4_chunk_logits_paged(
     int32 or int64 [nb]; chunk i is blocks[i // per_block], i % per_block. Returns fp32 [Hq, num_chunks]. Raises
     ValueError also on too few blocks or one that does not exist.
     """
-    if q.device.type == "cuda":
-        return keys4_chunk_logits_paged_naive(q, cells, blocks, num_chunks, chunk, scale)
     return _logits(q, cells, require_blocks(blocks, num_chunks, cells), num_chunks, chunk, scale)
 
 
@@ -106,7 +102,7 @@ def _logits(
 ) -> torch.Tensor:
     """Both forms: the cells [num_blocks, Hkv, per_block, b] of a block table, or of all blocks in order."""
     if q.device.type != "cpu":
-        raise unsupported(q.device)
+        raise unsupported(q.device, "cpu")
     require(q.dim() == 2, f"q must be [Hq, D], got {list(q.shape)}")
     (q_heads, dim) = q.shape
     require(dim % 8 == 0 and chunk % 8 == 0 and chunk > 0, f"D = {dim} and C = {chunk} must be multiples of 8")

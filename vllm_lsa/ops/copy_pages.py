@@ -6,15 +6,13 @@ from vllm_lsa.ops.native import kernel, require, require_tensor, unsupported
 
 
 def copy_pages(dst: torch.Tensor, dst_index: torch.Tensor, src: torch.Tensor, src_index: torch.Tensor) -> None:
-    """Copies page ``src[src_index[i]]`` to ``dst[dst_index[i]]`` for every i.
+    """Copies page ``src[src_index[i]]`` to ``dst[dst_index[i]]`` for every i, on a CPU.
 
     dst, src: [M, 2, Hkv, C, D] and [N, 2, Hkv, C, D] of one dtype, not the same pages. dst_index, src_index: [n] int64;
-    dst_index without repeats. Raises ValueError on a bad shape, dtype, stride or (CPU) index, with nothing copied.
+    dst_index without repeats. Raises ValueError on a bad shape, dtype, stride or index, with nothing copied.
     """
-    if "cuda" in (dst.device.type, src.device.type):
-        return copy_pages_naive(dst, dst_index, src, src_index)
     if dst.device.type != "cpu":
-        raise unsupported(dst.device)
+        raise unsupported(dst.device, "cpu")
 
     require(dst.dim() == 5 and dst_index.dim() == 1, "dst must be 5-d and dst_index 1-d")
     page, n = tuple(dst.shape[1:]), dst_index.shape[0]
@@ -39,4 +37,4 @@ def copy_pages(dst: torch.Tensor, dst_index: torch.Tensor, src: torch.Tensor, sr
 def copy_pages_naive(dst: torch.Tensor, dst_index: torch.Tensor, src: torch.Tensor, src_index: torch.Tensor) -> None:
     """Twin of `copy_pages`, by indexed assignment. Raises ValueError where dst_index repeats an index."""
     require(dst_index.unique().numel() == dst_index.numel(), "dst_index repeats an index")
-    dst[dst_index.to(dst.device)] = src[src_index.to(src.device)].to(dst.device)
+    dst[dst_index] = src[src_index]

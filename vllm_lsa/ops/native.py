@@ -104,6 +104,6 @@ def gather_cells(cells: torch.Tensor, blocks: torch.Tensor, num_chunks: int) -> 
     return cells[blocks[:count].long()].transpose(1, 2).flatten(0, 1)[:num_chunks]
 
 
-def unsupported(device: torch.device) -> LsaError:
-    """The error for a device that has no kernel."""
-    return LsaError(f"device {device.type!r} has no LSA kernels: use cpu or cuda")
+def unsupported(device: torch.device, use: str = "cpu or cuda") -> LsaError:
+    """The error for a device that has no kernel. use: those that have one."""
+    return LsaError(f"device {device.type!r} has no LSA kernel for this: use {use}")

@@ -20,7 +20,7 @@ def paged_decode_attention(
     scale: float,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one query token per row over the chunks that the row's table names.
+    """Attention of one query token per row over the chunks that the row's table names, on a CPU.
 
     q: [n, Hq, D], rows may be strided; fp32, bf16 or fp16. pool: [S, 2, Hkv, C, D], same dtype, 0 = K, 1 = V; D a
     multiple of 16. table: [n, W] int32 slots, rows may be strided. counts: [n] int32, entries of each row in use.
@@ -29,13 +29,10 @@ def paged_decode_attention(
 
     Returns out and lse [n, Hq] fp32, the natural log of the sum of exp(scale q·k). A row with count 0 gives out 0 and
     lse -inf. Entries from counts on and tokens from first_len on are never read. Sums are fp32, by online softmax
-    (Milakov & Gimelshein 2018). Raises ValueError on a bad shape, dtype, stride or (CPU) index.
+    (Milakov & Gimelshein 2018). Raises ValueError on a bad shape, dtype, stride or index.
     """
-    if q.device.type == "cuda":
-        result, lse = paged_decode_attention_naive(q, pool, table, counts, first_len, scale)
-        return (result if out is None else out.copy_(result)), lse
     if q.device.type != "cpu":
-        raise unsupported(q.device)
+        raise unsupported(q.device, "cpu")
 
     require(q.dim() == 3 and pool.dim() == 5 and table.dim() == 2, "q must be 3-d, pool 5-d and table 2-d")
     (n, q_heads, dim), (slots, _, kv_heads, chunk, _) = q.shape, pool.shape

@@ -93,8 +93,6 @@ def product_chunk_logits(
     [Hkv, D, D]. centroids: fp32 [Hkv, M, 256, D / M]. chunk: C, a multiple of 8. Returns fp32 [Hq, N].
     Raises ValueError on a bad shape, dtype or stride.
     """
-    if q.device.type == "cuda":
-        return product_chunk_logits_naive(q, cells, to_query, centroids, chunk, scale)
     require(cells.dim() == 3, f"cells must be [N, Hkv, M·C], got {list(cells.shape)}")
     return _logits(q, cells.unsqueeze(2), None, len(cells), to_query, centroids, chunk, scale)
 
@@ -131,8 +129,6 @@ def product_chunk_logits_paged(
     [nb]; chunk i is blocks[i // per_block], i % per_block. Returns fp32 [Hq, num_chunks]. Raises ValueError also on too
     few blocks or one that does not exist.
     """
-    if q.device.type == "cuda":
-        return product_chunk_logits_paged_naive(q, cells, blocks, num_chunks, to_query, centroids, chunk, scale)
     blocks = require_blocks(blocks, num_chunks, cells)
     return _logits(q, cells, blocks, num_chunks, to_query, centroids, chunk, scale)
 
@@ -149,7 +145,7 @@ def _logits(
 ) -> torch.Tensor:
     """Both forms: the cells [num_blocks, Hkv, per_block, M·C] of a block table, or of all blocks in order."""
     if q.device.type != "cpu":
-        raise unsupported(q.device)
+        raise unsupported(q.device, "cpu")
     require(q.dim() == 2 and q.is_floating_point(), f"q must be float [Hq, D], got {q.dtype} {list(q.shape)}")
     q_heads, dim = q.shape
     num_blocks, kv_heads, per_block, size = cells.shape

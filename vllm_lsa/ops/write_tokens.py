@@ -16,17 +16,15 @@ def write_tokens(
     host_pages: torch.Tensor,
     host_page: torch.Tensor,
 ) -> None:
-    """Writes each token's K and V at its offset into its slot and into its host page, where it has one.
+    """Writes each token's K and V at its offset into its slot and into its host page, where it has one, on a CPU.
 
     k, v: [t, Hkv, D], rows may be strided. offset: [t] int32, position inside the chunk (0..C-1).
-    pool: [S, 2, Hkv, C, D]. slot: [t] int32, -1 = none. host_pages: [M, 2, Hkv, C, D] on the CPU. host_page: [t] int64,
+    pool: [S, 2, Hkv, C, D]. slot: [t] int32, -1 = none. host_pages: [M, 2, Hkv, C, D]. host_page: [t] int64,
     -1 = none. All of k's dtype (fp32, bf16 or fp16). No two tokens may have the same place.
-    Raises ValueError on a bad shape, dtype, stride or (CPU) index, with nothing written.
+    Raises ValueError on a bad shape, dtype, stride or index, with nothing written.
     """
-    if k.device.type == "cuda":
-        return write_tokens_naive(k, v, offset, pool, slot, host_pages, host_page)
     if k.device.type != "cpu":
-        raise unsupported(k.device)
+        raise unsupported(k.device, "cpu")
 
     require(k.dim() == 3 and pool.dim() == 5 and host_pages.dim() == 5, "k must be 3-d, pool and host_pages 5-d")
     (tokens, kv_heads, dim), chunk = k.shape, pool.shape[3]
@@ -65,6 +63,6 @@ def write_tokens_naive(
     """Twin of `write_tokens`, by indexed assignment."""
     for pages, index in ((pool, slot), (host_pages, host_page)):
         here = (index >= 0).nonzero().flatten()
-        page, at = index[here].to(pages.device).long(), offset[here].to(pages.device).long()
+        page, at = index[here].long(), offset[here].long()
         for which, x in enumerate((k, v)):
-            pages[page, which, :, at] = x[here].to(pages.device)
+            pages[page, which, :, at] = x[here]

@@ -14,8 +14,8 @@ from vllm_lsa.config import GIB, LsaConfig
 from vllm_lsa.device.engine import DeviceEngine
 from vllm_lsa.device.plan import DevicePlan
 from vllm_lsa.device.prefill import PrefillAttention, TorchPrefill
-from vllm_lsa.engine import LsaEngine
 from vllm_lsa.errors import LsaError
+from vllm_lsa.host_engine import HostEngine
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.metrics import MetricsWriter
 from vllm_lsa.plugin import metrics as plugin_metrics
@@ -28,7 +28,7 @@ logger = init_logger("vllm.lsa")
 
 
 class Runtime:
-    """Owns the `LsaEngine` of one vLLM worker and translates between the two."""
+    """Owns the engine of one vLLM worker and translates between the two."""
 
     # By identity of the compilation config, which copies of a VllmConfig share; its instance_id changes on the way.
     _by_config: ClassVar[dict[int, "Runtime"]] = {}
@@ -50,7 +50,7 @@ class Runtime:
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.config = LsaConfig.parse(vllm_config.additional_config)
         self.vllm_config = vllm_config
-        self.engine: LsaEngine | DeviceEngine | None = None
+        self.engine: HostEngine | DeviceEngine | None = None
         self.host_blocks = 0
         self._layers: dict[str, int] = {}
         self._runner: Any = None
@@ -102,7 +102,7 @@ class Runtime:
         if self.device.type == "cuda":
             self.engine = DeviceEngine(*arguments, self.vllm_config.model_config.max_model_len, prefill(geometry))
         else:
-            self.engine = LsaEngine(*arguments)
+            self.engine = HostEngine(*arguments)
         self.engine.peers = tensor_parallel.peers()
         logger.info(
             "LSA: host store %d blocks (%.2f GiB), device pool %d slots (%.2f GiB), budget %g, indexer %s, "

@@ -17,7 +17,6 @@ def plan_step(
     store: HostStore,
     pool: SlotPool,
     spare: int,
-    device: torch.device,
 ) -> StepPlan:
     """Lay out one step after `LookaheadScheduler.prepare`. spare: entries of each table row for chunks to come."""
     num_tokens = rows[-1].start + rows[-1].length if rows else 0
@@ -57,7 +56,7 @@ def plan_step(
         if lookahead.is_decode(request):
             usage = lookahead.usage(request)
             # Once a step, not in every layer.
-            blocks = None if usage is None else torch.from_numpy(request.blocks.astype(np.int64)).to(device)
+            blocks = None if usage is None else torch.from_numpy(request.blocks.astype(np.int64))
             decodes.append(DecodeRow(request, lookahead.resident(request), usage, lookahead.caps(request), blocks))
             decode_token.append(row.start)
         else:
@@ -80,7 +79,7 @@ def plan_step(
     addresses = np.concatenate(complete + begun) if rows else np.empty((0, 2), np.int64)
 
     def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        return torch.from_numpy(np.ascontiguousarray(array))
 
     def by_layer(array: np.ndarray) -> torch.Tensor:
         """[lanes, n, …] to [layers, n * group, …]."""
