@@ -7,6 +7,8 @@ import os
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+import dataclasses
+import importlib
 import sys
 from typing import Any
 
@@ -27,6 +29,8 @@ compiled: set[str] = set()
 def launch(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
     options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
     given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+    if "WIDEN" in given:  # for the interpreter alone
+        given["WIDEN"] = False
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -44,7 +48,7 @@ def launch(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    compiled.add(kernel.__name__)
+    compiled.add(f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}")
 
 
 class Launcher:
@@ -60,8 +64,14 @@ def main() -> None:
     from tests.device_state import State
     from vllm_lsa.device.state import DeviceRefresh, DeviceTails
     from vllm_lsa.memory.geometry import KVGeometry
+    from vllm_lsa.ops import encode_rows as encode
     from vllm_lsa.ops import resident_rows as ops
+    from vllm_lsa.ops import score_rows as score
+    from vllm_lsa.ops.resident_decode import DecodeConfig, DecodeScratch, resident_decode
 
+    # What the wrappers do on a GPU, with tensors that are on the CPU.
+    for name in ("encode", "score", "paged_decode"):
+        importlib.import_module(f"vllm_lsa.kernels.{name}").INTERPRETED = True
     for dtype, dim, lanes in ((torch.bfloat16, 128, 8), (torch.float32, 80, 1)):
         g = KVGeometry(2, 32, 8, dim, dtype, 16, 16, lanes)
         s = State(g, [200, 0, 90], [True, False, False])
@@ -82,6 +92,23 @@ def main() -> None:
         ops.fetch(pool, host, scratch.page, scratch.slot)
         ops.fetch(pool, host, scratch.page, scratch.slot, 2)
         ops.gather_history(pool, host, s.rows.block_table[0], s.slot_of, k, k, 0, 1, 1, g, 16)
+        for codec in (None, encode.ProductCodec(
+            torch.zeros(8, dim, dim), torch.zeros(8, dim), torch.zeros(8, 16, 256, dim // 16))):  # fmt: skip
+            size = dim * dtype.itemsize if codec is None else 16 * 16
+            cells = torch.zeros(s.num_blocks, 8, 1, size, dtype=torch.uint8)
+            decoded = pool, host, s.rows, s.slot_of, s.sets, cells
+            encode.encode_decoded(*decoded, 1, g, codec)
+            encode.encode_pages(host, page, offset, offset, cells, 1, g, codec)
+            encode.encode_chunks(k, offset, offset, offset, cells, 16, codec)
+            tables: dict[str, Any] = {}
+            if codec is not None:
+                room = score.score_scratch(3, 32, 8, 16, torch.device("cpu"), "triton")
+                tables = {"to_query": codec.to_code, "centroids": codec.centroids, "scratch": room}
+            score.score_rows(q, cells, s.rows, s.sets, 16, 0.1, scratch.logits, **tables)
+        for splits in (1, 4):
+            config = dataclasses.replace(DecodeConfig.default(g), splits=splits)
+            room = DecodeScratch.empty(3, g, 1024, torch.device("cpu"), config)
+            resident_decode(q, pool, host, s.rows, s.slot_of, s.sets, 1, g, 0.1, torch.zeros_like(q), room)
     print("compiled", *sorted(compiled))
     sys.exit(len(compiled) < 9)
 

@@ -1,10 +1,11 @@
 """Index cells of chunks that a step completes: the Triton kernels against their twins."""
 
+import numpy as np
 import pytest
 import torch
 
+from tests.device_state import State
 from tests.kernels import DEVICE, load
-from vllm_lsa.device.state import DeviceRows
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.ops.encode_rows import (
     ProductCodec,
@@ -116,30 +117,44 @@ def fill(pages, geometry, layer, block, place):
     return torch.cat(keys)
 
 
+def fill_tail(state, i, geometry, layer, pool, host):
+    """Random keys in the chunk that row i completes, only where they are to be read from; ((block, place), keys)."""
+    g, keys, c = geometry, [], state.lengths[i] // geometry.chunk_tokens - 1
+    for lane in range(layer * g.layer_lanes, (layer + 1) * g.layer_lanes):
+        page = int(state.page(i, np.array([c]), lane)[0])
+        slot = int(state.entries[i][lane][1][-1]) if state.budget[i] else int(state.slot_of[page])
+        of = pool[slot] if slot >= 0 else host[page]
+        of[0] = torch.randn(of.shape[1:]).to(of.dtype)
+        keys.append(of[0].to(DEVICE))
+    return (int(state.table[i, c // g.chunks_per_block]), c % g.chunks_per_block), torch.cat(keys)
+
+
+def decoded_case(shape, layer_lanes, dtype, lengths, budget, host_read):
+    kv_heads, dim, subspaces, chunk, per_block = shape
+    g = KVGeometry(3, 2 * kv_heads, kv_heads, dim, dtype, chunk * per_block, chunk, layer_lanes)
+    state = State(g, lengths, budget, seed=sum(shape), host_read=host_read)
+    wide, part = make_cells(state.num_blocks, kv_heads, per_block, chunk, dim, dtype, subspaces)
+    return g, state, *state.pools(dtype), make_codec(kv_heads, dim, subspaces), wide, part
+
+
+@pytest.mark.parametrize("host_read", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("per_head", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_chunks_that_decoding_completes(shape, per_head):
-    kv_heads, dim, subspaces, chunk, per_block = shape
+def test_chunks_that_decoding_completes(shape, per_head, host_read):
+    kv_heads, chunk = shape[0], shape[3]
     torch.manual_seed(1)
-    dtype, layer, num_blocks = DTYPES[(sum(shape) + 1) % 3], 1, 9
-    geometry, pages = make_store(shape, kv_heads if per_head else 1, dtype, num_blocks)
-    codec = make_codec(kv_heads, dim, subspaces)
-    lengths = [0, chunk, chunk + 1, 0, 3 * chunk, 2 * chunk - 1, 2 * chunk]
-    table = torch.full((len(lengths), 4), NONSENSE, dtype=torch.int32)
-    free, keys_of = torch.randperm(num_blocks).tolist(), {}
-    for i, length in enumerate(lengths):
-        if length and length % chunk == 0:
-            c = length // chunk - 1
-            block = table[i, c // per_block] = free.pop()
-            keys_of[int(block), c % per_block] = fill(pages, geometry, layer, int(block), c % per_block)
-    state = [-1, 0, 1, -1, -1, 2, 3]
-    unused = ints([NONSENSE] * len(lengths))
-    rows = DeviceRows(unused, ints(lengths), ints(state), unused, table.to(DEVICE))
-    wide, part = make_cells(num_blocks, kv_heads, per_block, chunk, dim, dtype, subspaces)
+    dtype, layer = DTYPES[(sum(shape) + 1) % 3], 1
+    lengths = [0, chunk, chunk + 1, 0, 3 * chunk, 2 * chunk - 1, 2 * chunk, 130 * chunk]
+    budget = [False, True, True, False, False, True, False, True]
+    g, state, pool, host, codec, wide, part = decoded_case(
+        shape, kv_heads if per_head else 1, dtype, lengths, budget, host_read
+    )
+    keys_of = dict(fill_tail(state, i, g, layer, pool, host) for i, x in enumerate(lengths) if x and x % chunk == 0)
     want = wide.clone()
-    encode_decoded(pages, rows, wide[..., part], layer, geometry, codec)
-    encode_decoded_naive(pages, rows, want[..., part], layer, geometry, codec)
-    assert len(keys_of) == 3
+    operands = pool, host, state.rows, state.slot_of, state.sets
+    encode_decoded(*operands, wide[..., part], layer, g, codec)
+    encode_decoded_naive(*operands, want[..., part], layer, g, codec)
+    assert len(keys_of) == 4
     assert_same(wide, want, part, keys_of, dtype, codec, chunk)
 
 
@@ -164,21 +179,22 @@ def test_chunks_begun_in_an_earlier_step(shape):
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 @pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[6]])
 def test_captured_encoding_follows_the_rows(shape):
-    kv_heads, dim, subspaces, chunk, per_block = shape
+    kv_heads, chunk = shape[0], shape[3]
     torch.manual_seed(3)
-    geometry, pages = make_store(shape, kv_heads, torch.bfloat16, 4)
-    codec, unused = make_codec(kv_heads, dim, subspaces), ints([0, 0])
-    rows = DeviceRows(unused, ints([5, 0]), unused, unused, ints([[2], [1]]))
-    wide, part = make_cells(4, kv_heads, per_block, chunk, dim, torch.bfloat16, subspaces)
-    encode_decoded(pages, rows, wide[..., part], 0, geometry, codec)
+    g, state, pool, host, codec, wide, part = decoded_case(
+        shape, kv_heads, torch.bfloat16, [2 * chunk, chunk], [False, True], 0.3
+    )
+    keys_of = dict(fill_tail(state, i, g, 0, pool, host) for i in range(1, 2))
+    operands = pool, host, state.rows, state.slot_of, state.sets
+    state.rows.length.copy_(ints([5, 0]))
+    encode_decoded(*operands, wide[..., part], 0, g, codec)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        encode_decoded(pages, rows, wide[..., part], 0, geometry, codec)
-    keys_of = {(1, 0): fill(pages, geometry, 0, 1, 0)}
-    rows.length.copy_(ints([0, chunk]))
+        encode_decoded(*operands, wide[..., part], 0, g, codec)
+    state.rows.length.copy_(ints([0, chunk]))
     want = wide.clone()
     graph.replay()
-    encode_decoded_naive(pages, rows, want[..., part], 0, geometry, codec)
+    encode_decoded_naive(*operands, want[..., part], 0, g, codec)
     assert_same(wide, want, part, keys_of, torch.bfloat16, codec, chunk)
 
 

@@ -18,11 +18,15 @@ namespace {
 
 constexpr int kCodes = 256;
 constexpr int kLine = 128;  // bytes of shared memory that all banks deliver at a time
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = 384, kWarps = kThreads / 32;
+constexpr int kStep = 2;  // subspaces whose look-ups are under way together
 constexpr int kMaxRows = 1024;
 constexpr int kMaxSlab = 16;  // subspaces; with more, the codes of 32 chunks would take half of a multiprocessor
+constexpr int kMaxPadded = 32;
 constexpr int kStatePage = 64;
 constexpr int kMaxDevices = 64;
+constexpr float kFraction = 65535;  // of a range
+constexpr float kMost = 65500;      // of all ranges together: what rounding adds still fits into 16 bits
 constexpr float kLn2 = 0.69314718055994530942f;
 
 struct Params {
@@ -41,48 +45,71 @@ struct Params {
   int64_t pages_stride;
   // The tables as they lie in shared memory: [n, Hkv, passes, slabs, 256, 128 bytes]. A line has all columns of a slab.
   uint8_t* tables;
-  float* centres;   // [n, Hkv, passes, padded, W]
+  float2* bounds;   // [n, Hkv, passes, padded, W]: the least value of a head in a subspace, and the range from there
   float* logits;    // [state pages, Hq, 64]
   int n, kv_heads, group, subspaces, dim, chunk;
   float factor;  // scale * log2 e
   // rows: subspaces of a slab, a power of two. padded: subspaces with those that fill up slabs, whose tables are 0.
-  int passes, slabs, padded, rows, log_rows;
+  int passes, slabs, padded, rows, log_rows, width;
 };
 
 // Full chunks before the row's token; 0 for rows that are not on a budget.
 __device__ int num_chunks(const Params& p, int row) {
-  const int length = p.length[row];
-  return p.state[row] >= 0 && length > 0 ? (length - 1) / p.chunk : 0;
+  const int length = p.length[row], state = p.state[row];
+  return (state >= 0) & (length > 0) ? (length - 1) / p.chunk : 0;
 }
 
-__device__ float load_q(const Params& p, int64_t at) {
-  if (p.q_dtype == 0) return static_cast<const float*>(p.q)[at];
-  if (p.q_dtype == 1) return __bfloat162float(static_cast<const __nv_bfloat16*>(p.q)[at]);
-  return __half2float(static_cast<const __half*>(p.q)[at]);
-}
+__device__ float to_float(float x) { return x; }
+__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ float to_float(__half x) { return __half2float(x); }
 
-// One subspace of a row and KV head: grid (padded, Hkv, n), a thread per centroid. Entries are relative to the middle
-// of their head's range in the subspace, so that half precision suffices.
-template <int W>
-__global__ void __launch_bounds__(kCodes) build_tables(Params p) {
-  constexpr int kColumns = kLine / (2 * W);
-  extern __shared__ float lifted[];  // [width, passes * W]
-  __shared__ float least[W][kCodes / 32], most[W][kCodes / 32];
+// An integer in the order of the floats, and back.
+__device__ int order(int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
+
+// One subspace of a row and KV head: grid (padded, Hkv, n), a thread per centroid. Entries are 16-bit fractions of
+// their head's range in the subspace. Only latency counts here, so all that memory holds is asked for at once.
+template <int W, typename Q>
+__global__ void __launch_bounds__(kCodes, 4) build_tables(Params p) {
+  constexpr int kColumns = kLine / (2 * W), kHeld = 2, kAlign = W < 4 ? 8 : 16;
+  extern __shared__ __align__(16) float lifted[];  // [width, passes * W]
+  __shared__ __align__(16) int least[W][kCodes / 32], most[W][kCodes / 32];
   const int m = blockIdx.x, h = blockIdx.y, row = blockIdx.z;
-  if (!num_chunks(p, row)) return;
-  const int width = p.dim / p.subspaces, heads = p.passes * W, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int length = p.length[row], state = p.state[row], token = p.token[row];
+  if (!((length > p.chunk) & (state >= 0) & (token >= 0))) return;  // tested together, so loaded together
+  const int width = p.width, heads = p.passes * W, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bool real = m < p.subspaces;
+  const float* centroid = p.centroids + ((int64_t(h) * p.subspaces + m) * kCodes + threadIdx.x) * width;
+  const bool wide = width % 4 == 0 && reinterpret_cast<uintptr_t>(p.centroids) % 16 == 0;
+  float4 held[kHeld] = {};
+  if (real && wide) {
+#pragma unroll
+    for (int i = 0; i < kHeld; i++)
+      if (4 * i < width) held[i] = reinterpret_cast<const float4*>(centroid)[i];
+  }
   if (real) {
-    const int64_t q = p.token[row] * p.q_token_stride + int64_t(h) * p.group * p.q_head_stride;
+    const Q* q = static_cast<const Q*>(p.q) + token * p.q_token_stride + int64_t(h) * p.group * p.q_head_stride;
     const float* matrix = p.to_query + (int64_t(h) * p.dim + int64_t(m) * width) * p.dim;
     for (int d = warp; d < width; d += kCodes / 32)
       for (int g = 0; g < heads; g += W) {
         float sum[W] = {};
-        for (int e = lane; e < p.dim; e += 32) {
-          const float x = matrix[int64_t(d) * p.dim + e];
+        for (int begin = lane; begin < p.dim; begin += 128) {
+          float x[4];
+          Q y[4][W];
 #pragma unroll
-          for (int w = 0; w < W; w++)
-            if (g + w < p.group) sum[w] += x * load_q(p, q + (g + w) * p.q_head_stride + e);
+          for (int k = 0; k < 4; k++) {
+            // Without conditions: past the end are the last element, times 0, and the last head once more.
+            const int e = min(begin + 32 * k, p.dim - 1);
+            x[k] = matrix[int64_t(d) * p.dim + e];
+#pragma unroll
+            for (int w = 0; w < W; w++) y[k][w] = q[min(g + w, p.group - 1) * p.q_head_stride + e];
+          }
+#pragma unroll
+          for (int k = 0; k < 4; k++)
+            if (begin + 32 * k >= p.dim) x[k] = 0;
+#pragma unroll
+          for (int k = 0; k < 4; k++)
+#pragma unroll
+            for (int w = 0; w < W; w++) sum[w] += x[k] * to_float(y[k][w]);
         }
 #pragma unroll
         for (int w = 0; w < W; w++) {
@@ -92,38 +119,45 @@ __global__ void __launch_bounds__(kCodes) build_tables(Params p) {
       }
   }
   __syncthreads();
-  const float* centroid = p.centroids + ((int64_t(h) * p.subspaces + m) * kCodes + threadIdx.x) * width;
   for (int pass = 0; pass < p.passes; pass++) {
     float x[W] = {};
-    if (real)
-      for (int d = 0; d < width; d++) {
-        const float c = centroid[d];
+    const auto take = [&](float c, int d) {
+      float by[W];
+      __builtin_memcpy(by, __builtin_assume_aligned(lifted + d * heads + pass * W, kAlign), sizeof by);
 #pragma unroll
-        for (int w = 0; w < W; w++) x[w] += c * lifted[d * heads + pass * W + w];
-      }
+      for (int w = 0; w < W; w++) x[w] += c * by[w];
+    };
+    const auto take_four = [&](float4 c, int d) { take(c.x, d), take(c.y, d + 1), take(c.z, d + 2), take(c.w, d + 3); };
+    if (real && wide) {
+#pragma unroll
+      for (int i = 0; i < kHeld; i++)
+        if (4 * i < width) take_four(held[i], 4 * i);
+      for (int d = 4 * kHeld; d < width; d += 4) take_four(*reinterpret_cast<const float4*>(centroid + d), d);
+    } else if (real) {
+      for (int d = 0; d < width; d++) take(centroid[d], d);
+    }
 #pragma unroll
     for (int w = 0; w < W; w++) {
-      float low = x[w], high = x[w];
-      for (int i = 16; i; i /= 2) {
-        low = fminf(low, __shfl_xor_sync(~0u, low, i));
-        high = fmaxf(high, __shfl_xor_sync(~0u, high, i));
-      }
+      const int key = order(__float_as_int(x[w]));
+      const int low = __reduce_min_sync(~0u, key), high = __reduce_max_sync(~0u, key);
       if (!lane) least[w][warp] = low, most[w][warp] = high;
     }
     __syncthreads();
     const int64_t item = (int64_t(row) * p.kv_heads + h) * p.passes + pass;
-    alignas(16) __half entry[W];
+    alignas(16) uint16_t entry[W];
 #pragma unroll
     for (int w = 0; w < W; w++) {
-      float low = least[w][0], high = most[w][0];
-      for (int i = 1; i < kCodes / 32; i++) low = fminf(low, least[w][i]), high = fmaxf(high, most[w][i]);
-      const float centre = 0.5f * (low + high);
-      entry[w] = __float2half(x[w] - centre);
-      if (!threadIdx.x) p.centres[(item * p.padded + m) * W + w] = centre;
+      int first = least[w][0], last = most[w][0];
+#pragma unroll
+      for (int i = 1; i < kCodes / 32; i++) first = min(first, least[w][i]), last = max(last, most[w][i]);
+      const float low = __int_as_float(order(first)), range = __int_as_float(order(last)) - low;
+      const float scale = range > 0 ? kFraction / range : 0;
+      entry[w] = uint16_t(min(__float2uint_rn((x[w] - low) * scale), uint32_t(kFraction)));
+      if (!threadIdx.x) p.bounds[(item * p.padded + m) * W + w] = make_float2(low, range);
     }
-    uint8_t* line = p.tables + ((item * p.slabs + m / p.rows) * kCodes + threadIdx.x) * kLine;
+    uint8_t* line = p.tables + ((item * p.slabs + (m >> p.log_rows)) * kCodes + threadIdx.x) * kLine;
     // Fewer subspaces than columns: copies, for lanes that would meet otherwise.
-    for (int column = m % p.rows; column < kColumns; column += p.rows)
+    for (int column = m & (p.rows - 1); column < kColumns; column += p.rows)
       __builtin_memcpy(__builtin_assume_aligned(line + column * 2 * W, 2 * W), entry, 2 * W);
     __syncthreads();
   }
@@ -152,64 +186,102 @@ __device__ float exp2_fast(float x) {
   return y;
 }
 
-template <int W>
-__device__ void add(Entry<W>& to, const Entry<W>& x) {
-  __half2 a[W / 2], b[W / 2];
-  __builtin_memcpy(a, &to, sizeof a);
-  __builtin_memcpy(b, &x, sizeof b);
-#pragma unroll
-  for (int i = 0; i < W / 2; i++) a[i] = __hadd2(a[i], b[i]);
-  __builtin_memcpy(&to, a, sizeof a);
-}
-
-// Sums of the tables over a slab's subspaces, for T tokens and W heads. codes: the lane's own, [rows, T] bytes.
+// Adds a slab's tables to sums, two heads a word. codes: the lane's own, [rows, T] bytes.
 template <int W, int T>
-__device__ void look_up(const uint8_t* table, const uint8_t* codes, int rows, int lane, float (&sums)[T][W]) {
+__device__ void look_up(const uint8_t* table, const uint8_t* codes, int rows, int lane, uint32_t (&sums)[T][W / 2]) {
   constexpr int kColumns = kLine / (2 * W);
-  for (int s = 0; s < rows; s += 4) {
-    const uint8_t* column[4];
-    uint32_t words[4][T / 4];
+  const uint32_t begin = uint32_t(__cvta_generic_to_shared(table));
+  for (int s = 0; s < rows; s += kStep) {
+    uint32_t column[kStep], words[kStep][T / 4];
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
+    for (int k = 0; k < kStep; k++) {
       const int c = (lane ^ (s + k)) % kColumns;
-      column[k] = table + c * 2 * W;
+      column[k] = begin + c * 2 * W;
+      asm("" : "+r"(column[k]));  // or else begin is added at each look-up
       const Codes<T> x = *reinterpret_cast<const Codes<T>*>(codes + (c & (rows - 1)) * T);
       __builtin_memcpy(words[k], &x, T);
     }
 #pragma unroll
     for (int t = 0; t < T; t++) {
-      Entry<W> x[4];
+      uint32_t x[kStep][W / 2];
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-        const uint32_t word = words[k][t / 4];
-        const int byte = t % 4;  // the code times a line
-        const uint32_t line = (byte ? word >> (8 * byte - 7) : word << 7) & 0x7f80;
-        x[k] = *reinterpret_cast<const Entry<W>*>(column[k] + line);
+      for (int k = 0; k < kStep; k++) {
+        const uint32_t code = __byte_perm(words[k][t / 4], 0, 0x4440 + t % 4);
+        const Entry<W> entry = *static_cast<const Entry<W>*>(__cvta_shared_to_generic(column[k] + code * kLine));
+        __builtin_memcpy(x[k], &entry, sizeof entry);
       }
-      add<W>(x[0], x[1]);
-      add<W>(x[2], x[3]);
-      add<W>(x[0], x[2]);
-      __half2 sum[W / 2];
-      __builtin_memcpy(sum, &x[0], sizeof sum);
 #pragma unroll
-      for (int i = 0; i < W / 2; i++) {
-        const float2 two = __half22float2(sum[i]);
-        sums[t][2 * i] += two.x;
-        sums[t][2 * i + 1] += two.y;
+      for (int k = 0; k < kStep; k += 2)
+#pragma unroll
+        for (int i = 0; i < W / 2; i++) sums[t][i] += x[k][i] + x[k + 1][i];
+    }
+  }
+}
+
+constexpr float kMagic = 8388608;  // 2^23: the float of its bits with a 16-bit number in the lowest ones is their sum
+
+// kMagic plus one of the two numbers in a word.
+__device__ float plus_magic(uint32_t word, int which) {
+  return __uint_as_float(__byte_perm(word, 0x4b000000, which ? 0x7632 : 0x7610));
+}
+
+// A table of an item to shared memory, its entries as multiples of the item's `steps`, of which the largest sum over
+// subspaces has 16 bits. The logits are offsets + steps * sum.
+template <int W>
+__device__ void load_tables(const Params& p, int64_t which, uint8_t* tables, uint32_t (&factors)[kMaxPadded][W],
+                            float (&steps)[W], float (&offsets)[W]) {
+  constexpr int kVectors = kCodes * kLine / 16, kHeld = (kVectors + kThreads - 1) / kThreads;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int slab = 0; slab < p.slabs; slab++) {
+    const uint4* source = reinterpret_cast<const uint4*>(p.tables + (which * p.slabs + slab) * kCodes * kLine);
+    uint4 held[kHeld];
+#pragma unroll
+    for (int k = 0; k < kHeld; k++) {
+      const int i = threadIdx.x + k * kThreads;
+      held[k] = i < kVectors ? source[i] : uint4{};
+    }
+    if (!slab) {
+      if (warp < W) {
+        const float2 bound = lane < p.padded ? p.bounds[(which * p.padded + lane) * W + warp] : make_float2(0, 0);
+        float low = bound.x, range = bound.y;
+        for (int i = 16; i; i /= 2) {
+          low += __shfl_xor_sync(~0u, low, i);
+          range += __shfl_xor_sync(~0u, range, i);
+        }
+        // Entries are rounded down, and by half a step each on average.
+        const float step = range * (1 / kMost);
+        factors[lane][warp] = range > 0 ? __float2uint_rz(bound.y / range * (kMost / kFraction * 4294967296.f)) : 0;
+        if (!lane) steps[warp] = step, offsets[warp] = low + 0.5f * step * p.subspaces;
       }
+      __syncthreads();
+    }
+    uint32_t factor[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+      factor[j] = factors[slab * p.rows + ((threadIdx.x % 8 * 8 + j) / W & (p.rows - 1))][j % W];
+#pragma unroll
+    for (int k = 0; k < kHeld; k++) {
+      const int i = threadIdx.x + k * kThreads;
+      uint32_t words[4];
+      __builtin_memcpy(words, &held[k], sizeof words);
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+        words[j] = __umulhi(words[j] & 0xffff, factor[2 * j]) | __umulhi(words[j] >> 16, factor[2 * j + 1]) << 16;
+      __builtin_memcpy(&held[k], words, sizeof words);
+      if (i < kVectors) *reinterpret_cast<uint4*>(tables + slab * kCodes * kLine + 16 * i) = held[k];
     }
   }
 }
 
 // As many blocks as fit on the device at a time share the work evenly. Its unit is 32 chunks of a row, KV head and
-// pass, for one warp; a block's units are consecutive, so that it rarely changes its table.
+// pass, for one warp; a block's units are consecutive, so that it rarely changes its table. A warp's next codes are on
+// their way while it does what follows its look-ups, its next entries of the block table before that.
 template <int W, int T>
 __global__ void __launch_bounds__(kThreads, 2) score(Params p) {
   extern __shared__ __align__(128) uint8_t shared[];
-  uint8_t* const table = shared;
-  uint8_t* const staged = shared + p.slabs * kCodes * kLine;
   __shared__ int ends[kMaxRows];  // units of the rows up to each
-  __shared__ float offset[W];
+  __shared__ uint32_t factors[kMaxPadded][W];
+  __shared__ float steps[W], offsets[W];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, items = p.kv_heads * p.passes;
   if (!warp) {
     int sum = 0;
@@ -228,90 +300,113 @@ __global__ void __launch_bounds__(kThreads, 2) score(Params p) {
   const int64_t units = ends[p.n - 1];
   int unit = int(units * blockIdx.x / gridDim.x);
   const int last = int(units * (blockIdx.x + 1) / gridDim.x);
-  uint8_t* const mine = staged + warp * 32 * p.rows * T;
+  uint8_t* const mine = shared + p.slabs * kCodes * kLine + warp * 32 * p.rows * T;
+  // What the lane copies: a subspace of every so many chunks.
+  const int r = lane & (p.rows - 1), first_j = lane >> p.log_rows, step_j = 32 >> p.log_rows;
   int row = 0;
   while (unit < last) {
     while (ends[row] <= unit) row++;
     const int chunks = num_chunks(p, row), tiles = (chunks + 31) / 32;
     const int from = unit - (row ? ends[row - 1] : 0), item = from / tiles;
     const int begin = from - item * tiles, end = min(tiles, begin + last - unit);
-    const int64_t which = int64_t(row) * items + item;
-
-    __syncthreads();
-    const uint4* source = reinterpret_cast<const uint4*>(p.tables + which * p.slabs * kCodes * kLine);
-    for (int i = threadIdx.x; i < p.slabs * kCodes * kLine / 16; i += kThreads)
-      copy_async<16>(table + 16 * i, source + i);
-    if (threadIdx.x < W) {
-      float sum = 0;
-      for (int m = 0; m < p.padded; m++) sum += p.centres[(which * p.padded + m) * W + threadIdx.x];
-      offset[threadIdx.x] = sum;
-    }
-    await_copies();
-    __syncthreads();
-
     const int h = item / p.passes, pass = item - h * p.passes;
-    for (int tile = begin + warp; tile < end; tile += kWarps) {
-      const int c = 32 * tile + lane, count = min(32, chunks - 32 * tile);
-      const uint8_t* cell = p.cells;
-      if (lane < count) {
-        const int b = c / p.per_block;
-        cell += p.block_table[row * p.table_stride + b] * p.block_stride + h * p.head_stride +
-                (c - b * p.per_block) * p.chunk_stride;
-      }
-      float peak[W], total[W];
-      for (int t = 0; t < p.chunk; t += T) {
-        float x[T][W] = {};
-        for (int slab = 0; slab < p.slabs; slab++) {
-          __syncwarp();
-          for (int i = lane; i < 32 * p.rows; i += 32) {
-            const int j = i >> p.log_rows, r = i & (p.rows - 1), m = slab * p.rows + r;
-            const uint64_t of = __shfl_sync(~0u, reinterpret_cast<uint64_t>(cell), j);
-            if (j < count && m < p.subspaces)
-              copy_async<T>(mine + i * T, reinterpret_cast<const uint8_t*>(of) + m * p.chunk + t);
-          }
-          await_copies();
-          __syncwarp();
-          look_up<W, T>(table + slab * kCodes * kLine, mine + lane * p.rows * T, p.rows, lane, x);
+    const int* const blocks = p.block_table + row * p.table_stride;
+    const int* const pages = p.pages + p.state[row] * p.pages_stride;
+
+    const auto find = [&](int tile) {
+      const int c = 32 * tile + lane;
+      return tile < end && c < chunks ? blocks[c / p.per_block] : 0;
+    };
+    // Without conditions: lanes past the end read what is there, a cell of block 0 or the last subspace once more.
+    const auto stage = [&](int tile, int block, int t, int slab) {
+      const int place = (32 * tile + lane) % p.per_block, at = min(slab * p.rows + r, p.subspaces - 1) * p.chunk + t;
+      const uint8_t* cell = p.cells + block * p.block_stride + h * p.head_stride + place * p.chunk_stride;
+      for (int i = 0; i < p.rows; i += 4)
+#pragma unroll
+        for (int k = i; k < i + 4; k++) {
+          const uint64_t of = __shfl_sync(~0u, reinterpret_cast<uint64_t>(cell), first_j + k * step_j);
+          copy_async<T>(mine + (lane + 32 * k) * T, reinterpret_cast<const uint8_t*>(of) + at);
         }
+    };
+
+    int tile = begin + warp, block = find(tile);
+    if (tile < end) stage(tile, block, 0, 0);
+    __syncthreads();
+    load_tables<W>(p, int64_t(row) * items + item, shared, factors, steps, offsets);
+    __syncthreads();
+
+    while (tile < end) {
+      const int c = 32 * tile + lane, after = tile + kWarps, next = find(after);
+      const int page = c < chunks ? pages[c / kStatePage] : 0;
+      uint32_t x[T][W / 2] = {}, peak[W / 2] = {};
+      float total[W] = {};
+      for (int t = 0, slab = 0; t < p.chunk;) {
+        await_copies();
+        __syncwarp();
+        look_up<W, T>(shared + slab * kCodes * kLine, mine + lane * p.rows * T, p.rows, lane, x);
+        __syncwarp();
+        const int t0 = t;
+        if (++slab == p.slabs) slab = 0, t += T;
+        const bool same = t < p.chunk;
+        if (same || after < end) stage(same ? tile : after, same ? block : next, same ? t : 0, slab);
+        if (slab) continue;
 #pragma unroll
-        for (int w = 0; w < W; w++) {
-          float top = x[0][w];
+        for (int i = 0; i < W / 2; i++) {
+          uint32_t top = peak[i];
 #pragma unroll
-          for (int i = 1; i < T; i++) top = fmaxf(top, x[i][w]);
-          float sum = 0;
-          if (t) {
-            top = fmaxf(top, peak[w]);
-            sum = total[w] * exp2_fast(peak[w] - top);
+          for (int j = 0; j < T; j++) top = __vmaxu2(top, x[j][i]);
+#pragma unroll
+          for (int k = 0; k < 2; k++) {
+            const float by = -steps[2 * i + k], to = -kMagic * by;
+            float sum = t0 ? total[2 * i + k] * exp2_fast(fmaf(plus_magic(top - peak[i], k), by, to)) : 0;
+#pragma unroll
+            for (int j = 0; j < T; j++) sum += exp2_fast(fmaf(plus_magic(top - x[j][i], k), by, to));
+            total[2 * i + k] = sum;
           }
+          peak[i] = top;
 #pragma unroll
-          for (int i = 0; i < T; i++) sum += exp2_fast(x[i][w] - top);
-          peak[w] = top;
-          total[w] = sum;
+          for (int j = 0; j < T; j++) x[j][i] = 0;
         }
       }
-      if (lane < count) {
-        const int page = p.pages[p.state[row] * p.pages_stride + c / kStatePage];
+      if (c < chunks) {
         float* out = p.logits + (int64_t(page) * p.kv_heads + h) * p.group * kStatePage + c % kStatePage;
 #pragma unroll
         for (int w = 0; w < W; w++)
-          if (pass * W + w < p.group)
-            out[(pass * W + w) * kStatePage] = (peak[w] + __log2f(total[w]) + offset[w]) * kLn2;
+          if (pass * W + w < p.group) {
+            const float high = (plus_magic(peak[w / 2], w % 2) - kMagic) * steps[w] + offsets[w];
+            out[(pass * W + w) * kStatePage] = (high + __log2f(total[w])) * kLn2;
+          }
       }
+      tile = after;
+      block = next;
     }
     unit += end - begin;
   }
+}
+
+template <int W>
+cudaError_t launch_tables(const Params& p, cudaStream_t stream) {
+  const dim3 grid(p.padded, p.kv_heads, p.n);
+  const int lifted = p.width * p.passes * W * int(sizeof(float));
+  if (p.q_dtype == 0)
+    build_tables<W, float><<<grid, kCodes, lifted, stream>>>(p);
+  else if (p.q_dtype == 1)
+    build_tables<W, __nv_bfloat16><<<grid, kCodes, lifted, stream>>>(p);
+  else
+    build_tables<W, __half><<<grid, kCodes, lifted, stream>>>(p);
+  return cudaGetLastError();
 }
 
 template <int W, int T>
 cudaError_t launch(Params p, cudaStream_t stream) {
   constexpr int kColumns = kLine / (2 * W);
   p.passes = (p.group + W - 1) / W;
+  p.width = p.dim / p.subspaces;
   p.rows = 4, p.log_rows = 2;
   while (p.rows < p.subspaces && p.rows < min(kColumns, kMaxSlab)) p.rows *= 2, p.log_rows++;
   p.slabs = (p.subspaces + p.rows - 1) / p.rows;
   p.padded = p.slabs * p.rows;
-  p.centres = reinterpret_cast<float*>(p.tables + int64_t(p.n) * p.kv_heads * p.passes * p.slabs * kCodes * kLine);
-  const int lifted = p.dim / p.subspaces * p.passes * W * int(sizeof(float));
+  p.bounds = reinterpret_cast<float2*>(p.tables + int64_t(p.n) * p.kv_heads * p.passes * p.slabs * kCodes * kLine);
   const int bytes = p.slabs * kCodes * kLine + kWarps * 32 * p.rows * T;
 
   // Blocks that fit on the device at a time, by number of bytes: the first launch finds out.
@@ -330,8 +425,7 @@ cudaError_t launch(Params p, cudaStream_t stream) {
     known_grid[device] = multiprocessors * blocks;
     known_bytes[device] = bytes;
   }
-  build_tables<W><<<dim3(p.padded, p.kv_heads, p.n), kCodes, lifted, stream>>>(p);
-  error = cudaGetLastError();
+  error = launch_tables<W>(p, stream);
   if (error) return error;
   score<W, T><<<known_grid[device], kThreads, bytes, stream>>>(p);
   return cudaGetLastError();
@@ -355,7 +449,7 @@ LSA_EXPORT int lsa_product_score_rows(
                     block_stride, head_stride,    chunk_stride,  per_block, token,    length,    state,
                     block_table, table_stride,   pages,         pages_stride, scratch, nullptr,  logits,
                     n,           kv_heads,       group,         subspaces, dim,      chunk,     factor,
-                    0,           0,              0,             0,         0};
+                    0,           0,              0,             0,         0,        0};
   const auto on = static_cast<cudaStream_t>(stream);
   const bool wide = chunk % 16 == 0;
   if (group > 4) return launch<8, 8>(p, on);  // 16 tokens of 8 heads would not fit into the registers

@@ -10,94 +10,150 @@ import torch
 
 import triton
 import triton.language as tl
+from vllm_lsa.device.state import PAGE, DeviceRows, DeviceSets
 
-# Where chunk i comes from: tokens source[i].. of a step, host page source[i], or the row i that a step may complete.
+# Where chunk i comes from: tokens source[i].. of a step, host page source[i], or the end of row i's source[i] tokens.
 TOKENS, PAGES, ROWS = 0, 1, 2
 _TOKENS, _PAGES, _ROWS = tl.constexpr(TOKENS), tl.constexpr(PAGES), tl.constexpr(ROWS)
-_DYNAMIC = ["n", "row_blocks", "key_token", "key_head", "layer", "cell_block", "cell_head", "cell_chunk"]
+_DYNAMIC = [
+    "n", "row_blocks", "row_pages", "key_token", "key_head", "layer", "cell_block", "cell_head", "cell_chunk",
+]  # fmt: skip
+_PROGRAMS = 4
+"""For the rows of a step, per KV head and few subspaces: about as many multiprocessors as there are have one each."""
+_BROADCAST = 2**15
+"""Most products of a program that are formed at a time without tl.dot: 128 for each of 256 threads."""
 
 
 @triton.jit
 def _locate(
-    i, h, n, source, blocks, places, row_blocks, key_token, key_head, layer,
+    i, h, n, source, blocks, places, state, slot_of, set_pages, counts, entry_slot, host_delta,
+    row_blocks, row_pages, key_token, key_head, layer,
     KIND: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, PER_BLOCK: tl.constexpr, LAYER_LANES: tl.constexpr,
-    LAYERS: tl.constexpr, LANE_HEADS: tl.constexpr,
+    LAYERS: tl.constexpr, LANE_HEADS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """(whether chunk i is to be encoded, where its first key begins in head h, elements from one key to the next, its
-    block, its place there); i may be a tensor."""
+    """(whether chunk i is to be encoded, where its first key begins in head h, its block, its place there); i may be a
+    tensor."""
     inside = i < n
+    lane = layer * LAYER_LANES + h // LANE_HEADS
+    lanes: tl.constexpr = LAYERS * LAYER_LANES
+    elements: tl.constexpr = 2 * LANE_HEADS * CHUNK * D
     if KIND == _ROWS:
         length = tl.load(source + i, mask=inside, other=0)
         valid = inside & (length > 0) & (length % CHUNK == 0)
         chunk = tl.where(valid, length // CHUNK - 1, 0)
         block = tl.load(blocks + i * row_blocks + chunk // PER_BLOCK, mask=valid, other=0).to(tl.int64)
         place = chunk % PER_BLOCK
-        page = block * (LAYERS * LAYER_LANES * PER_BLOCK) + place
+        page = (block * lanes + lane) * PER_BLOCK + place
+        # From the slot if there is one: the chunk is still the tail of a row on a budget.
+        mine = tl.load(state + i, mask=valid, other=-1)
+        budget = mine >= 0
+        entry = tl.load(counts + mine * lanes + lane, mask=budget, other=1) - 1
+        state_page = tl.load(set_pages + mine * row_pages + entry // PAGE, mask=budget, other=0).to(tl.int64)
+        tail = tl.load(entry_slot + (state_page * lanes + lane) * PAGE + entry % PAGE, mask=budget, other=-1)
+        slot = tl.where(budget, tail, tl.load(slot_of + page, mask=valid & (mine < 0), other=-1)).to(tl.int64)
+        first = tl.where(slot >= 0, slot * elements, page * elements + host_delta)
     else:
         page = tl.load(source + i, mask=inside, other=-1).to(tl.int64)
         valid = inside & (page >= 0)
         block = tl.load(blocks + i, mask=valid, other=0).to(tl.int64)
         place = tl.load(places + i, mask=valid, other=0)
+        first = (page + lane * PER_BLOCK) * elements
     if KIND == _TOKENS:
         first = page * key_token + h * key_head
     else:
-        lane = layer * LAYER_LANES + h // LANE_HEADS
-        first = (page + lane * PER_BLOCK) * (2 * LANE_HEADS * CHUNK * D) + h % LANE_HEADS * (CHUNK * D)
+        first += h % LANE_HEADS * (CHUNK * D)
     return valid, first, block, place
+
+
+@triton.jit
+def _codes(
+    keys, to, valid, h, to_code, mean, centroids,
+    CHUNK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr,
+    WIDTH_PAD: tl.constexpr, SUBSPACES: tl.constexpr, BROADCAST: tl.constexpr,
+):  # fmt: skip
+    """Codes of the program's subspaces, of keys that begin at `keys`. BROADCAST: without tl.dot, which takes long for
+    few tokens."""
+    d, w, c = tl.arange(0, D_PAD), tl.arange(0, WIDTH_PAD), tl.arange(0, 256)
+    # Read once for all subspaces: it may come from host memory.
+    key = tl.load(keys[:, None] + d[None, :], mask=valid[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
+    key -= tl.load(mean + h * D + d, mask=d < D, other=0.0)[None, :]
+    for m in range(tl.program_id(2) * SUBSPACES, tl.minimum(M, (tl.program_id(2) + 1) * SUBSPACES)):
+        matrix = tl.load(
+            to_code + (h * D + d[:, None]) * D + m * WIDTH + w[None, :],
+            mask=(d[:, None] < D) & (w[None, :] < WIDTH),
+            other=0.0,
+        )
+        centroid = tl.load(
+            centroids + ((h * M + m) * 256 + c[None, :]) * WIDTH + w[:, None], mask=w[:, None] < WIDTH, other=0.0
+        )
+        if BROADCAST:
+            y = tl.sum(key[:, :, None] * matrix[None, :, :], 1)
+            product = tl.sum(y[:, :, None] * centroid[None, :, :], 1)
+        else:
+            y = tl.dot(key, matrix, input_precision="ieee")
+            product = tl.dot(y, centroid, input_precision="ieee")
+        distance = tl.sum(centroid * centroid, 0)[None, :] - 2 * product
+        tl.store(to + m * CHUNK, tl.argmin(distance, 1).to(tl.uint8), mask=valid)
 
 
 @triton.jit(do_not_specialize=_DYNAMIC)
 def _product(
-    keys, source, blocks, places, to_code, mean, centroids, cells,
-    n, row_blocks, key_token, key_head, layer, cell_block, cell_head, cell_chunk,
+    keys, source, blocks, places, state, slot_of, set_pages, counts, entry_slot, to_code, mean, centroids, cells,
+    host_delta, n, row_blocks, row_pages, key_token, key_head, layer, cell_block, cell_head, cell_chunk,
     KIND: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, PER_BLOCK: tl.constexpr, LAYER_LANES: tl.constexpr,
-    LAYERS: tl.constexpr, LANE_HEADS: tl.constexpr, D_PAD: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr,
-    WIDTH_PAD: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr, SUBSPACES: tl.constexpr,
+    LAYERS: tl.constexpr, LANE_HEADS: tl.constexpr, PAGE: tl.constexpr, D_PAD: tl.constexpr, M: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr,
+    SUBSPACES: tl.constexpr, BROADCAST: tl.constexpr, ROWS_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks / CHUNKS, Hkv, M / SUBSPACES). A program's keys are TOKENS rows of one matrix, chunk after chunk."""
-    h = tl.program_id(1)
-    r = tl.arange(0, TOKENS)
-    i, t = tl.program_id(0) * CHUNKS + r // CHUNK, r % CHUNK
-    valid, first, block, place = _locate(
-        i, h, tl.where(r < CHUNKS * CHUNK, n, 0), source, blocks, places, row_blocks, key_token, key_head, layer,
-        KIND, CHUNK, D, PER_BLOCK, LAYER_LANES, LAYERS, LANE_HEADS,
-    )  # fmt: skip
-    if tl.max(valid.to(tl.int32), 0) > 0:
-        d, w, c = tl.arange(0, D_PAD), tl.arange(0, WIDTH_PAD), tl.arange(0, 256)
-        # Read once for all subspaces: it may come from host memory.
-        key = tl.load(
-            keys + (first + t * (key_token if KIND == _TOKENS else D))[:, None] + d[None, :],
-            mask=valid[:, None] & (d[None, :] < D),
-            other=0.0,
-        ).to(tl.float32)
-        key -= tl.load(mean + h * D + d, mask=d < D, other=0.0)[None, :]
-        to = cells + block * cell_block + h * cell_head + place * cell_chunk + t
-        for m in range(tl.program_id(2) * SUBSPACES, tl.minimum(M, (tl.program_id(2) + 1) * SUBSPACES)):
-            matrix = tl.load(
-                to_code + (h * D + d[:, None]) * D + m * WIDTH + w[None, :],
-                mask=(d[:, None] < D) & (w[None, :] < WIDTH),
-                other=0.0,
-            )
-            centroid = tl.load(
-                centroids + ((h * M + m) * 256 + c[None, :]) * WIDTH + w[:, None], mask=w[:, None] < WIDTH, other=0.0
-            )
-            y = tl.dot(key, matrix, input_precision="ieee")
-            distance = tl.sum(centroid * centroid, 0)[None, :] - 2 * tl.dot(y, centroid, input_precision="ieee")
-            tl.store(to + m * CHUNK, tl.argmin(distance, 1).to(tl.uint8), mask=valid)
+    """Grid (programs, Hkv, M / SUBSPACES), where a program's keys are TOKENS rows of one matrix: of CHUNKS chunks one
+    after the other, or for ROWS of a chunk that a row has completed. Few have, so it's few programs that find theirs.
+    """
+    h, r = tl.program_id(1), tl.arange(0, TOKENS)
+    if KIND == _ROWS:
+        rows = tl.arange(0, ROWS_PAD)
+        length = tl.load(source + rows, mask=rows < n, other=0)
+        full = ((length > 0) & (length % CHUNK == 0)).to(tl.int32)
+        place = tl.cumsum(full, 0) - full
+        for k in range(tl.program_id(0), tl.sum(full, 0), tl.num_programs(0)):
+            i = tl.sum(tl.where((full > 0) & (place == k), rows, 0), 0)
+            _, first, block, at = _locate(
+                i, h, n, source, blocks, places, state, slot_of, set_pages, counts, entry_slot, host_delta,
+                row_blocks, row_pages, key_token, key_head, layer,
+                KIND, CHUNK, D, PER_BLOCK, LAYER_LANES, LAYERS, LANE_HEADS, PAGE,
+            )  # fmt: skip
+            to = cells + block * cell_block + h * cell_head + at * cell_chunk + r
+            _codes(
+                keys + first + r * D, to, r < CHUNK, h, to_code, mean, centroids,
+                CHUNK, D, D_PAD, M, WIDTH, WIDTH_PAD, SUBSPACES, BROADCAST,
+            )  # fmt: skip
+    else:
+        i, t = tl.program_id(0) * CHUNKS + r // CHUNK, r % CHUNK
+        valid, first, block, at = _locate(
+            i, h, tl.where(r < CHUNKS * CHUNK, n, 0), source, blocks, places, state, slot_of, set_pages, counts,
+            entry_slot, host_delta, row_blocks, row_pages, key_token, key_head, layer,
+            KIND, CHUNK, D, PER_BLOCK, LAYER_LANES, LAYERS, LANE_HEADS, PAGE,
+        )  # fmt: skip
+        if tl.max(valid.to(tl.int32), 0) > 0:
+            to = cells + block * cell_block + h * cell_head + at * cell_chunk + t
+            _codes(
+                keys + first + t * (key_token if KIND == _TOKENS else D), to, valid, h, to_code, mean, centroids,
+                CHUNK, D, D_PAD, M, WIDTH, WIDTH_PAD, SUBSPACES, BROADCAST,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_DYNAMIC)
 def _mean_key(
-    keys, source, blocks, places, cells,
-    n, row_blocks, key_token, key_head, layer, cell_block, cell_head, cell_chunk,
+    keys, source, blocks, places, state, slot_of, set_pages, counts, entry_slot, cells,
+    host_delta, n, row_blocks, row_pages, key_token, key_head, layer, cell_block, cell_head, cell_chunk,
     KIND: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, PER_BLOCK: tl.constexpr, LAYER_LANES: tl.constexpr,
-    LAYERS: tl.constexpr, LANE_HEADS: tl.constexpr, D_PAD: tl.constexpr, CHUNK_PAD: tl.constexpr,
+    LAYERS: tl.constexpr, LANE_HEADS: tl.constexpr, PAGE: tl.constexpr, D_PAD: tl.constexpr, CHUNK_PAD: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, Hkv)."""
     h = tl.program_id(1)
     valid, first, block, place = _locate(
-        tl.program_id(0), h, n, source, blocks, places, row_blocks, key_token, key_head, layer,
-        KIND, CHUNK, D, PER_BLOCK, LAYER_LANES, LAYERS, LANE_HEADS,
+        tl.program_id(0), h, n, source, blocks, places, state, slot_of, set_pages, counts, entry_slot, host_delta,
+        row_blocks, row_pages, key_token, key_head, layer,
+        KIND, CHUNK, D, PER_BLOCK, LAYER_LANES, LAYERS, LANE_HEADS, PAGE,
     )  # fmt: skip
     if valid:
         t, d = tl.arange(0, CHUNK_PAD), tl.arange(0, D_PAD)
@@ -127,12 +183,14 @@ def encode(
     layer: int,
     lanes: tuple[int, int, int],
     tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    resident: tuple[DeviceRows, torch.Tensor, DeviceSets, int] | None = None,
 ) -> None:
     """Cells of the chunks that source names, as `kind` says.
 
     source: int [n]. blocks: int32 [n], or the rows' block table. places: int32 [n], unused for ROWS. key_strides: of
     tokens and heads, for TOKENS. lanes: the geometry's num_layers, layer_lanes and lane_heads. tables: to_code, mean
-    and centroids of the product index; None for mean keys.
+    and centroids of the product index; None for mean keys. resident, for ROWS, whose keys are the pool: the rows,
+    slot_of, the sets and the elements from the pool to the host pages.
     """
     n, (_, kv_heads, per_block, _) = len(source), cells.shape
     if n == 0:
@@ -140,23 +198,33 @@ def encode(
     layers, layer_lanes, lane_heads = lanes
     if tables is None:
         cells = cells.view(keys.dtype)
-    dynamic = (n, blocks.stride(0), *key_strides, layer, *cells.stride()[:3])
+    slots: tuple[torch.Tensor | None, ...] = (None,) * 5
+    delta = row_pages = 0
+    if resident is not None:
+        rows, slot_of, sets, delta = resident
+        slots, row_pages = (rows.state, slot_of, sets.pages, sets.counts, sets.slot), sets.pages.stride(0)
+    dynamic = (delta, n, blocks.stride(0), row_pages, *key_strides, layer, *cells.stride()[:3])
     static: dict[str, Any] = dict(
         KIND=kind, CHUNK=chunk, D=dim, PER_BLOCK=per_block, LAYER_LANES=layer_lanes, LAYERS=layers,
-        LANE_HEADS=lane_heads, D_PAD=max(16, triton.next_power_of_2(dim)),
+        LANE_HEADS=lane_heads, PAGE=PAGE, D_PAD=max(16, triton.next_power_of_2(dim)),
     )  # fmt: skip
     if tables is None:
         _mean_key[(n, kv_heads)](
-            keys, source, blocks, places, cells, *dynamic, CHUNK_PAD=triton.next_power_of_2(chunk), **static
+            keys, source, blocks, places, *slots, cells, *dynamic, CHUNK_PAD=triton.next_power_of_2(chunk), **static
         )
         return
     to_code, mean, centroids = tables
     subspaces, width = centroids.shape[1], centroids.shape[3]
     chunks = 1 if kind == ROWS else max(1, 32 // chunk)
-    # Of a step's rows few complete a chunk: fewer programs then, since most only look and end.
+    tokens, width_pad = triton.next_power_of_2(chunks * chunk), triton.next_power_of_2(width)
+    broadcast = kind == ROWS and tokens * width_pad * max(256, static["D_PAD"]) <= _BROADCAST
+    if not broadcast:
+        tokens, width_pad = max(16, tokens), max(16, width_pad)
     each = 4 if kind == ROWS else 1
-    _product[(triton.cdiv(n, chunks), kv_heads, triton.cdiv(subspaces, each))](
-        keys, source, blocks, places, to_code, mean, centroids, cells, *dynamic,
-        M=subspaces, WIDTH=width, WIDTH_PAD=max(16, triton.next_power_of_2(width)), CHUNKS=chunks,
-        TOKENS=max(16, triton.next_power_of_2(chunks * chunk)), SUBSPACES=each, **static,
+    programs = min(n, _PROGRAMS) if kind == ROWS else triton.cdiv(n, chunks)
+    _product[(programs, kv_heads, triton.cdiv(subspaces, each))](
+        keys, source, blocks, places, *slots, to_code, mean, centroids, cells, *dynamic,
+        M=subspaces, WIDTH=width, WIDTH_PAD=width_pad, CHUNKS=chunks, TOKENS=tokens, SUBSPACES=each,
+        BROADCAST=broadcast, ROWS_PAD=triton.next_power_of_2(n) if kind == ROWS else 1, **static,
+        num_warps=8 if broadcast else 4,
     )  # fmt: skip

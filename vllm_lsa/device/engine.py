@@ -394,7 +394,7 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         pool, host = self.pool.pages, self.store.pages
         ops.write_rows(q, k, v, pool, host, rows, self._tails, layer, g, self._queries)
         for encoded, parts in self._parts:
-            encode_decoded(host, rows, parts[layer], layer, g, _codec(encoded, layer))
+            encode_decoded(pool, host, rows, self._slot_of, sets, parts[layer], layer, g, _codec(encoded, layer))
         index = self._demand.index
         if index is not None:
             cells = self.layout.part(self._cells[layer], index)

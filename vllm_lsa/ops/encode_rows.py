@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_lsa.device.state import DeviceRows
+from vllm_lsa.device.state import PAGE, DeviceRows, DeviceSets
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.ops.native import DTYPES, require, require_tensor, unsupported
 from vllm_lsa.ops.product_lse import CENTROIDS, encode_product_naive
+from vllm_lsa.ops.resident_rows import host_delta
 
 _KERNELS = "vllm_lsa.kernels.encode"
 
@@ -85,8 +86,11 @@ def encode_pages(
 
 
 def encode_decoded(
+    pool: torch.Tensor,
     host_pages: torch.Tensor,
     rows: DeviceRows,
+    slot_of: torch.Tensor,
+    sets: DeviceSets,
     cells: torch.Tensor,
     layer: int,
     geometry: KVGeometry,
@@ -94,25 +98,35 @@ def encode_decoded(
 ) -> None:
     """Cells of the chunks that the rows' own tokens completed: of each row whose length is a multiple of C.
 
-    Their keys are read from the host pages, which hold every token, so after the layer's write-through on the same
-    stream. Whole rows and rows on a budget alike; rows of length 0 are skipped. Fixed grid, fit for a CUDA graph. The
-    rest as in `encode_pages`.
+    Their keys are read from the chunk's slot, or its host page if it has none, so after the layer's write-through on
+    the same stream. The slot is ``slot_of[page]`` for a whole row, that of the tail for a row on a budget. pool:
+    [S, 2, lane_heads, C, D] on the device. slot_of: int32 [M]. Rows of length 0 are skipped. Fixed grid, fit for a CUDA
+    graph. The rest as in `encode_pages`.
     """
     _check_pages(host_pages, cells, layer, geometry, codec)
-    _check_lists(cells.device, torch.int32, length=rows.length)
+    require_tensor("pool", pool, (len(pool), *geometry.page_shape), geometry.dtype, cells.device)
+    _check_lists(cells.device, torch.int32, length=rows.length, state=rows.state)
+    for name, x, lead in (
+        ("slot_of", slot_of, (len(host_pages),)),
+        ("sets.pages", sets.pages, tuple(sets.pages.shape)),
+        ("sets.counts", sets.counts, (len(sets.pages), geometry.num_lanes)),
+        ("sets.slot", sets.slot, (len(sets.slot), geometry.num_lanes, PAGE)),
+    ):
+        require_tensor(name, x, lead, torch.int32, cells.device)
+        require(x.is_contiguous(), f"{name} must be contiguous")
     shape = (len(rows.length), rows.block_table.shape[1])
     require_tensor("rows.block_table", rows.block_table, shape, torch.int32, cells.device)
     kernels = _kernels(cells.device)
     if kernels is None:
-        return encode_decoded_naive(host_pages, rows, cells, layer, geometry, codec)
-    table = rows.block_table
-    _encode_pages(kernels, kernels.ROWS, host_pages, rows.length, table, table, cells, layer, geometry, codec)
+        return encode_decoded_naive(pool, host_pages, rows, slot_of, sets, cells, layer, geometry, codec)
+    table, resident = rows.block_table, (rows, slot_of, sets, host_delta(pool, host_pages))
+    _encode_pages(kernels, kernels.ROWS, pool, rows.length, table, table, cells, layer, geometry, codec, resident)
 
 
 def _encode_pages(
     kernels: ModuleType,
     kind: int,
-    host_pages: torch.Tensor,
+    keys: torch.Tensor,
     source: torch.Tensor,
     blocks: torch.Tensor,
     places: torch.Tensor,
@@ -120,11 +134,12 @@ def _encode_pages(
     layer: int,
     geometry: KVGeometry,
     codec: ProductCodec | None,
+    resident: tuple[DeviceRows, torch.Tensor, DeviceSets, int] | None = None,
 ) -> None:
     g = geometry
     kernels.encode(
-        kind, host_pages, source, blocks, places, cells, g.chunk_tokens, g.head_dim, (0, 0), layer,
-        (g.num_layers, g.layer_lanes, g.lane_heads), codec,
+        kind, keys, source, blocks, places, cells, g.chunk_tokens, g.head_dim, (0, 0), layer,
+        (g.num_layers, g.layer_lanes, g.lane_heads), codec, resident,
     )  # fmt: skip
 
 
@@ -226,8 +241,11 @@ def encode_pages_naive(
 
 
 def encode_decoded_naive(
+    pool: torch.Tensor,
     host_pages: torch.Tensor,
     rows: DeviceRows,
+    slot_of: torch.Tensor,
+    sets: DeviceSets,
     cells: torch.Tensor,
     layer: int,
     geometry: KVGeometry,
@@ -235,10 +253,16 @@ def encode_decoded_naive(
 ) -> None:
     """Twin of `encode_decoded`, row by row."""
     g = geometry
-    for i, length in enumerate(rows.length.tolist()):
+    for i, (length, state) in enumerate(zip(rows.length.tolist(), rows.state.tolist(), strict=True)):
         if length and length % g.chunk_tokens == 0:
             c = length // g.chunk_tokens - 1
             block, place = int(rows.block_table[i, c // g.chunks_per_block]), c % g.chunks_per_block
-            page = block * g.num_lanes * g.chunks_per_block + place
-            first, at, within = (torch.tensor([x]) for x in (page, block, place))
-            encode_pages_naive(host_pages, first, at, within, cells, layer, g, codec)
+            keys = []
+            for lane in range(layer * g.layer_lanes, (layer + 1) * g.layer_lanes):
+                page = (block * g.num_lanes + lane) * g.chunks_per_block + place
+                slot = int(slot_of[page])
+                if state >= 0:
+                    e = int(sets.counts[state, lane]) - 1
+                    slot = int(sets.slot[sets.pages[state, e // PAGE], lane, e % PAGE])
+                keys.append((pool[slot] if slot >= 0 else host_pages[page].to(pool.device))[0])
+            _write(cells, block, place, torch.cat(keys), codec)

@@ -38,7 +38,7 @@ def score_scratch(
         size = 4 * n * kv_heads * subspaces * CENTROIDS * (-(-group // 4) * 4)
     else:
         width, passes, slabs, padded = _cuda_layout(group, subspaces)
-        size = n * kv_heads * passes * (slabs * CENTROIDS * _LINE + padded * width * 4)
+        size = n * kv_heads * passes * (slabs * CENTROIDS * _LINE + padded * width * 8)
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
@@ -74,8 +74,8 @@ def score_rows(
 
     Natural log, as `ChunkIndex.paged_logits` has it. Without `centroids` a cell is the mean key, D values of q's dtype.
     With centroids fp32 [Hkv, M, 256, D / M], M up to 32, and to_query fp32 [Hkv, D, D] it is M·C codes, and `scratch`
-    must be of `score_scratch`; look-ups are fp16 in the CUDA kernel: to about 0.01 of the logit. form: `product_form`
-    if None.
+    must be of `score_scratch`; look-ups have 16 bits in the CUDA kernel: to about 0.01 of the logit.
+    form: `product_form` if None.
 
     Nothing is allocated or read back: fit for a CUDA graph. On CPU tensors this is `score_rows_naive`, unless the
     kernels were loaded in Triton's interpreter. Raises ValueError on a bad shape, dtype, stride or address, LsaError if
