@@ -179,7 +179,7 @@ def test_copied_blocks_lose_their_slots():
     assert (engine.pool.lookup(pages[1]) < 0).all()
 
 
-@pytest.mark.parametrize("settings", [{"indexer": "quest"}, {"demand": "four_bit"}])
-def test_settings_without_kernels_are_refused_in_one_line(settings):
-    with pytest.raises(LsaError, match=r"lsa\.(indexer|demand)=.* has no CUDA kernels: use"):
+@pytest.mark.parametrize("settings", [{"indexer": "quest"}, {"demand": "four_bit"}, {"lead": 3}])
+def test_settings_that_have_no_form_here_are_refused_in_one_line(settings):
+    with pytest.raises(LsaError, match=r"lsa\.(indexer|demand)=.* has no CUDA kernels: use|lsa\.lead=3 is for a CPU"):
         DeviceSimulation(config(**settings), slots=100)

@@ -15,8 +15,8 @@ from vllm_lsa.device.prefill import PrefillAttention, TorchPrefill
 from vllm_lsa.device.selection import apply_selection, by_chunk, first_step, write_by_chunk
 from vllm_lsa.device.stalls import StallClock
 from vllm_lsa.device.state import PAGE, DeviceRefresh, DeviceRows, DeviceSets, DeviceTails
+from vllm_lsa.device.support import require_supported
 from vllm_lsa.engine import LsaEngine
-from vllm_lsa.errors import LsaError
 from vllm_lsa.indexer.base import ChunkIndex
 from vllm_lsa.indexer.mean_key import MeanKeyIndex
 from vllm_lsa.indexer.product import ProductIndex
@@ -52,17 +52,9 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         max_model_len: int = 8192,
         prefill: PrefillAttention | None = None,
     ) -> None:
-        """max_model_len: most tokens of a request. Raises LsaError for settings that have no kernels here."""
+        """max_model_len: most tokens of a request. Raises LsaError for settings that have no form here."""
+        require_supported(config)
         super().__init__(config, geometry, scale, num_slots, max_requests, device, metrics)
-        chunk = geometry.chunk_tokens
-        if chunk & (chunk - 1) or not 8 <= chunk <= 64:
-            raise LsaError(f"lsa.chunk_tokens={chunk} has no CUDA kernels: use 8, 16, 32 or 64")
-        for name, index in (("indexer", self._policy.index), ("demand", self._demand.index)):
-            if index is not None and not isinstance(index, ProductIndex | MeanKeyIndex):
-                raise LsaError(
-                    f"lsa.{name}={getattr(config, name)!r} has no CUDA kernels: use mean_key or a trained checkpoint"
-                    + (", usage, recency or random" if name == "indexer" else " (product), or off")
-                )
         self._max_model_len = max_model_len
         self._places: dict[Request, int] = {}
         self._prefill = prefill or TorchPrefill()

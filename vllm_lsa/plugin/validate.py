@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_lsa.config import GIB, LsaConfig
+from vllm_lsa.device.support import require_supported
 from vllm_lsa.engine import index_layout, load_trained
 from vllm_lsa.errors import LsaError
 from vllm_lsa.indexer.checkpoint import fingerprint, fingerprint_of
@@ -96,6 +97,8 @@ def check(vllm_config: VllmConfig) -> LsaConfig:
             f"--model {model.model}: a head size of {geometry.head_dim} is not a multiple of 16, which the kernels of "
             "--attention-backend LSA need: choose another model or backend"
         )
+    if vllm_config.device_config.device_type == "cuda":
+        require_supported(config)
     _check_ranks(vllm_config, config)
     index_layout(config, geometry.chunk_tokens, geometry.head_dim, geometry.dtype, torch.device("cpu"))
     _check_backbone(vllm_config, config, geometry)
