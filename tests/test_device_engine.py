@@ -8,12 +8,11 @@ import torch
 
 from tests import random_checkpoint
 from tests.kernels import DEVICE, load
-from tests.test_engine import CHUNK, DIM, HKV, HQ, LAYERS, SCALE, Simulation, config, run
+from tests.test_engine import CHUNK, DIM, HKV, HQ, LAYERS, SCALE, Simulation, config, copy_a_block, run, share_a_prefix
 from vllm_lsa.device.engine import DeviceEngine
 from vllm_lsa.device.state import PAGE
 from vllm_lsa.engine import LsaEngine
 from vllm_lsa.errors import LsaError
-from vllm_lsa.residency.requests import StepUpdate
 
 for _name in ("write", "demand", "pages", "encode", "score", "paged_decode"):
     load(_name)
@@ -154,29 +153,11 @@ def test_more_requests_than_the_pool_has_room_for(demand):
 
 
 def test_prefix_sharing_shares_slots():
-    simulation = DeviceSimulation(config(budget=1.0, check="off"), slots=LAYERS * HKV * 400)
-    first = simulation.add(130, 140)
-    simulation.step({first: 130})
-    simulation.shared = simulation.live[first]["blocks"][:4]
-    used = simulation.engine.pool.num_pinned
-    second = simulation.add(150, 160)
-    simulation.step({first: 1, second: 22})
-    assert simulation.engine.pool.num_pinned == used + LAYERS * HKV * 3
-    for _ in range(5):
-        simulation.step({first: 1, second: 1})
-    simulation.step({second: 1}, abort=[first])
-    simulation.leak_check()
+    share_a_prefix(DeviceSimulation)
 
 
-def test_copied_blocks_lose_their_slots():
-    simulation = DeviceSimulation(config(budget=1.0, check="off"), slots=LAYERS * HKV * 100)
-    name = simulation.add(60, 80)
-    simulation.step({name: 60})
-    engine, source, target = simulation.engine, simulation.live[name]["blocks"][0], simulation.free.pop()
-    engine.open_step(StepUpdate(block_copies=[(source, target)]))
-    pages = engine.store.block_pages(np.array([source, target])).reshape(2, -1)
-    assert (engine.store.pages[pages[0]] == engine.store.pages[pages[1]]).all()
-    assert (engine.pool.lookup(pages[1]) < 0).all()
+def test_copied_blocks_are_copied_in_the_store_and_lose_their_slots():
+    copy_a_block(DeviceSimulation)
 
 
 @pytest.mark.parametrize("settings", [{"indexer": "quest"}, {"demand": "four_bit"}, {"lead": 3}])

@@ -290,7 +290,11 @@ def test_more_requests_than_the_pool_has_room_for_degrade_to_streaming():
 
 
 def test_prefix_sharing_shares_slots():
-    simulation = Simulation(config(budget=1.0, check="off"), slots=LAYERS * HKV * 400)
+    share_a_prefix(Simulation)
+
+
+def share_a_prefix(kind: type[Simulation]) -> None:
+    simulation = kind(config(budget=1.0, check="off"), slots=LAYERS * HKV * 400)
     first = simulation.add(130, 140)
     simulation.step({first: 130})
     simulation.shared = simulation.live[first]["blocks"][:4]
@@ -306,7 +310,11 @@ def test_prefix_sharing_shares_slots():
 
 
 def test_copied_blocks_are_copied_in_the_store_and_lose_their_slots():
-    simulation = Simulation(config(budget=1.0, check="off"), slots=LAYERS * HKV * 100)
+    copy_a_block(Simulation)
+
+
+def copy_a_block(kind: type[Simulation]) -> None:
+    simulation = kind(config(budget=1.0, check="off"), slots=LAYERS * HKV * 100)
     name = simulation.add(60, 80)
     simulation.step({name: 60})
     engine, source, target = simulation.engine, simulation.live[name]["blocks"][0], simulation.free.pop()

@@ -53,9 +53,15 @@ def _entry(set_pages, entry, lane, lanes, PAGE: tl.constexpr):
 
 
 @triton.jit
+def _split_size(full, SPLITS: tl.constexpr, PAGE: tl.constexpr):
+    """Chunks of a split: whole state pages."""
+    return tl.cdiv(tl.cdiv(full, SPLITS), PAGE) * PAGE
+
+
+@triton.jit
 def _range(full, part, SPLITS: tl.constexpr, PAGE: tl.constexpr):
-    """The chunks of a split: whole state pages."""
-    size = tl.cdiv(tl.cdiv(full, SPLITS), PAGE) * PAGE
+    """The first chunk of a split, and the first after it."""
+    size = _split_size(full, SPLITS, PAGE)
     return part * size, tl.minimum((part + 1) * size, full)
 
 
@@ -257,7 +263,7 @@ def pick_kernel(
             tl.debug_barrier()
             if step + 1 < picks:
                 # The split that it came from has another best one now.
-                part = pick // (tl.cdiv(tl.cdiv(full, SPLITS), PAGE) * PAGE)
+                part = pick // _split_size(full, SPLITS, PAGE)
                 first, last = _range(full, part, SPLITS, PAGE)
                 most = 0.0
                 oldest = 2147483647

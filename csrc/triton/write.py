@@ -12,7 +12,7 @@ def write_rows_kernel(
     q, k, v, pool, queries, token, length, query_row, tail_page, tail_slot,
     host_delta, q_stride, k_stride, v_stride, query_stride, lanes, lane_first, layer,
     GROUP: tl.constexpr, LANE_HEADS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    PER_BLOCK: tl.constexpr, KEEP_QUERY: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program for each decode row and KV head: its K and V to the tail, its queries to the buffer.
 
@@ -43,12 +43,11 @@ def write_rows_kernel(
         to_slot = slot * elements + within
         tl.store(pool + to_slot + dims, key, mask=inside)
         tl.store(pool + to_slot + LANE_HEADS * CHUNK * DIM + dims, value, mask=inside)
-    if KEEP_QUERY:
-        to_query = queries + keeper * query_stride
-        to_query += layer * tl.num_programs(1) * GROUP * DIM
-        for g in range(GROUP):
-            at = (head * GROUP + g) * DIM + dims
-            tl.store(to_query + at, tl.load(q + source * q_stride + at, mask=inside), mask=inside)
+    to_query = queries + keeper * query_stride
+    to_query += layer * tl.num_programs(1) * GROUP * DIM
+    for g in range(GROUP):
+        at = (head * GROUP + g) * DIM + dims
+        tl.store(to_query + at, tl.load(q + source * q_stride + at, mask=inside), mask=inside)
 
 
 @triton.jit(do_not_specialize=["lane_first", "num_tokens"])

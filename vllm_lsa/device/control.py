@@ -119,7 +119,6 @@ class DeviceControl:
     def is_whole(self, request: Request) -> bool:
         return self._states[request].whole
 
-
     def owned(self, request: Request) -> np.ndarray:
         """Slots of each lane of a request on a budget, int64 [lanes]."""
         return self._states[request].owned_counts

@@ -89,9 +89,8 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         self._slot_of = torch.full((self.store.num_pages,), -1, dtype=torch.int32, device=device)
         self._lane_page = torch.from_numpy(self.store.lane_offset).to(device)
         self._scratch = DecodeScratch.empty(rows, g, self._max_model_len, device)
-        self._most = config.demand_chunks
         self._wanted = ops.DemandScratch.empty(
-            rows, self._most, num_pages if self._demand.index is not None else 1, g, device, chunks
+            rows, config.demand_chunks, num_pages if self._demand.index is not None else 1, g, device, chunks
         )
         index = self._demand.index
         self._tables = (

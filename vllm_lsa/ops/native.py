@@ -104,6 +104,11 @@ def gather_cells(cells: torch.Tensor, blocks: torch.Tensor, num_chunks: int) -> 
     return cells[blocks[:count].long()].transpose(1, 2).flatten(0, 1)[:num_chunks]
 
 
+def power_of_two(x: int) -> int:
+    """The least power of two that is not below x: the size of a kernel's block for x elements."""
+    return 1 << max(0, x - 1).bit_length()
+
+
 def unsupported(device: torch.device, use: str = "cpu or cuda") -> LsaError:
     """The error for a device that has no kernel. use: those that have one."""
     return LsaError(f"device {device.type!r} has no LSA kernel for this: use {use}")

@@ -9,7 +9,7 @@ import torch
 
 from vllm_lsa.device.state import PAGE, DeviceRows, DeviceSets
 from vllm_lsa.memory.geometry import KVGeometry
-from vllm_lsa.ops.native import DTYPES, require, require_tensor, unsupported
+from vllm_lsa.ops.native import DTYPES, power_of_two, require, require_tensor, unsupported
 
 _KERNELS = "vllm_lsa.kernels.paged_decode"
 _SPLIT_TOKENS = 256
@@ -37,7 +37,7 @@ class DecodeConfig:
         A warp for every 32 tokens: where threads outnumber the tile's tokens, Triton looks a token's page up in every
         thread that needs it, at twice the instructions. Wide heads and fp32, where it matters less, want the registers.
         """
-        row = 2 * _power_of_two(geometry.head_dim) * geometry.dtype.itemsize
+        row = 2 * power_of_two(geometry.head_dim) * geometry.dtype.itemsize
         if geometry.dtype.itemsize == 2 and row <= 512:
             tile = min(128, 2**15 // row)
             return cls(tile=tile, warps=tile // 32, stages=3, per_sm=3)
@@ -149,13 +149,13 @@ def resident_decode(
         f"the scratch is for {scratch.rows} rows and shorter ones: {n} rows of {max_length} tokens do not fit",
     )
     dtype = geometry.dtype
-    dim_pad, group = _power_of_two(dim), q_heads // kv_heads
+    dim_pad, group = power_of_two(dim), q_heads // kv_heads
     kernels.attend[(n * kv_heads, splits)](
         q, pool, rows.token, rows.length, rows.state, rows.block_table, slot_of,
         sets.pages, sets.counts, sets.chunk, sets.slot, out, scratch.partial, scratch.lse,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), rows.block_table.stride(0), sets.pages.stride(0),
         layer, (host_pages.data_ptr() - pool.data_ptr()) // 16, splits, scale * math.log2(math.e),
-        KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, _power_of_two(group)), D=dim, D_PAD=dim_pad,
+        KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, power_of_two(group)), D=dim, D_PAD=dim_pad,
         CHUNK=geometry.chunk_tokens, BLOCK_CHUNKS=geometry.chunks_per_block, LANES=geometry.num_lanes,
         LANE_HEADS=geometry.lane_heads, SET_PAGE=PAGE, VECTOR=16 // dtype.itemsize, TILE=config.tile,
         MIN_TILES=max(1, _SPLIT_TOKENS // config.tile), DIRECT=splits == 1,
@@ -165,7 +165,7 @@ def resident_decode(
     if splits > 1:
         kernels.merge[(n, q_heads)](
             scratch.partial, scratch.lse, rows.token, rows.length, out, out.stride(0), out.stride(1), splits,
-            HEADS=q_heads, D=dim, D_PAD=dim_pad, SPLITS_PAD=_power_of_two(splits), num_warps=4,
+            HEADS=q_heads, D=dim, D_PAD=dim_pad, SPLITS_PAD=power_of_two(splits), num_warps=4,
         )  # fmt: skip
 
 
@@ -273,8 +273,3 @@ def host_page(blocks: torch.Tensor, chunks: torch.Tensor, lane: int, geometry: K
     """Host pages, int64 [N], of a request's chunks in a lane. blocks: int32 [B], its block ids. chunks: int64 [N]."""
     per_block = geometry.chunks_per_block
     return (blocks[chunks // per_block].long() * geometry.num_lanes + lane) * per_block + chunks % per_block
-
-
-def _power_of_two(x: int) -> int:
-    """The least power of two from x on."""
-    return 1 << (x - 1).bit_length()

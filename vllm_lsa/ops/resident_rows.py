@@ -10,7 +10,7 @@ import torch
 
 from vllm_lsa.device.state import NEXT, PAGE, DeviceRefresh, DeviceRows, DeviceSets, DeviceTails
 from vllm_lsa.memory.geometry import KVGeometry
-from vllm_lsa.ops.native import require
+from vllm_lsa.ops.native import power_of_two, require
 
 COPY_TILE = 4096
 """Elements that a program of a copy has under way at a time."""
@@ -33,9 +33,6 @@ def host_delta(pool: torch.Tensor, host_pages: torch.Tensor) -> int:
     )
     return (host_pages.data_ptr() - pool.data_ptr()) // pool.element_size()
 
-
-def _power_of_two(x: int) -> int:
-    return 1 << max(0, x - 1).bit_length()
 
 
 def write_rows(
@@ -64,7 +61,7 @@ def write_rows(
         host_delta(pool, host_pages), q.stride(0), k.stride(0), v.stride(0), queries.stride(0), g.num_lanes,
         layer * g.layer_lanes, layer,
         GROUP=g.num_q_heads // g.num_kv_heads, LANE_HEADS=g.lane_heads, CHUNK=g.chunk_tokens, DIM=g.head_dim,
-        DIM_PAD=_power_of_two(g.head_dim), PER_BLOCK=g.chunks_per_block, KEEP_QUERY=True, num_warps=1,
+        DIM_PAD=power_of_two(g.head_dim), PER_BLOCK=g.chunks_per_block, num_warps=1,
     )  # fmt: skip
 
 
@@ -92,7 +89,7 @@ def write_tokens(
     write_tokens_kernel[(-(-len(page0) // 16), g.num_kv_heads)](
         k, v, pool, page0, offset, slot_of, host_delta(pool, host_pages), k.stride(0), v.stride(0),
         layer * g.layer_lanes, len(page0),
-        LANE_HEADS=g.lane_heads, CHUNK=g.chunk_tokens, DIM=g.head_dim, DIM_PAD=_power_of_two(g.head_dim),
+        LANE_HEADS=g.lane_heads, CHUNK=g.chunk_tokens, DIM=g.head_dim, DIM_PAD=power_of_two(g.head_dim),
         PER_BLOCK=g.chunks_per_block, TOKENS=16, num_warps=4,
     )  # fmt: skip
 
@@ -111,7 +108,7 @@ def advance(
     advance_kernel[(len(rows.length),)](
         rows.length, rows.state, rows.block_table, slot_of, sets.pages, sets.counts, sets.chunk, sets.slot, sets.held,
         sets.usage, tails.page, tails.slot, rows.block_table.stride(0), sets.pages.stride(0), lanes,
-        CHUNK=geometry.chunk_tokens, PER_BLOCK=geometry.chunks_per_block, PAGE=PAGE, LANES_PAD=_power_of_two(lanes),
+        CHUNK=geometry.chunk_tokens, PER_BLOCK=geometry.chunks_per_block, PAGE=PAGE, LANES_PAD=power_of_two(lanes),
         num_warps=4,
     )  # fmt: skip
 
@@ -143,8 +140,8 @@ class DemandScratch:
     ) -> "DemandScratch":
         """max_chunks: of the longest row."""
         lanes = geometry.layer_lanes
-        heads = _power_of_two(geometry.num_q_heads // lanes)
-        splits = min(MAX_SPLITS, _power_of_two(-(-max_chunks // SPLIT_CHUNKS)))
+        heads = power_of_two(geometry.num_q_heads // lanes)
+        splits = min(MAX_SPLITS, power_of_two(-(-max_chunks // SPLIT_CHUNKS)))
 
         def parts(dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return torch.zeros(rows, lanes, *shape, splits, dtype=dtype, device=device)
@@ -193,7 +190,7 @@ def pick(
     splits = scratch.best.shape[2]
     grid = (len(rows.length), g.layer_lanes)
     shape = dict(CHUNK=g.chunk_tokens, PAGE=PAGE, Q_HEADS=g.num_q_heads, LANE_Q=per_lane, SPLITS=splits, BLOCK=block)
-    heads, stride, first = _power_of_two(per_lane), sets.pages.stride(0), layer * g.layer_lanes
+    heads, stride, first = power_of_two(per_lane), sets.pages.stride(0), layer * g.layer_lanes
     if splits > 1:  # the next kernel does it where each lane has one program anyway
         demand.mass_stats_kernel[grid + (splits,)](
             rows.length, rows.state, sets.pages, scratch.logits, scratch.top, scratch.total, stride,
@@ -209,7 +206,7 @@ def pick(
         sets.usage, scratch.logits, scratch.wanted, scratch.best, scratch.where, scratch.victims, scratch.page,
         scratch.slot, scratch.demanded, pool, host_delta(pool, host_pages), rows.block_table.stride(0), stride,
         g.num_lanes, first, sink, recency,
-        **shape, ELEMENTS=pool[0].numel(), TILE=min(COPY_TILE, _power_of_two(pool[0].numel())),
+        **shape, ELEMENTS=pool[0].numel(), TILE=min(COPY_TILE, power_of_two(pool[0].numel())),
         MOST=scratch.slot.shape[2], PER_BLOCK=g.chunks_per_block, num_warps=4,
     )  # fmt: skip
 
@@ -262,7 +259,7 @@ def fetch(
     look = 1 if programs is None or count <= programs else LOOK
     fetch_kernel[(min(-(-count // look), programs or count),)](
         pool, page, slot, count, host_delta(pool, host_pages), ELEMENTS=elements,
-        TILE=min(COPY_TILE, _power_of_two(elements)), LOOK=look, num_warps=4,
+        TILE=min(COPY_TILE, power_of_two(elements)), LOOK=look, num_warps=4,
     )  # fmt: skip
 
 
@@ -290,5 +287,5 @@ def gather_history(
         pool, blocks, slot_of, keys, values, first_chunk, num_chunks, host_delta(pool, host_pages), g.num_lanes,
         layer * g.layer_lanes,
         HEADS=g.num_kv_heads, LANE_HEADS=g.lane_heads, CHUNK=g.chunk_tokens, DIM=g.head_dim,
-        DIM_PAD=_power_of_two(g.head_dim), PER_BLOCK=g.chunks_per_block, num_warps=4,
+        DIM_PAD=power_of_two(g.head_dim), PER_BLOCK=g.chunks_per_block, num_warps=4,
     )  # fmt: skip
