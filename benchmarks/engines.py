@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ CONFIGURATIONS: dict[str, dict[str, Any] | None] = {
     "lookahead": {"indexer": "mean_key", "demand": "off"},
     "quality": {"lookahead": "usage", "demand": "product"},
     "quality-fetch": {"lookahead": "usage", "demand": "product", "demand_threshold": 0.0},
+    "refill": {"indexer": "random", "demand": "off"},
     "resident": {"demand": "off", "device_pool_fraction": 1.0},
 }
 ABOUT = """configurations:
@@ -39,6 +40,7 @@ ABOUT = """configurations:
   lookahead      LSA, sets by mean keys, no demand
   quality        LSA, sets by usage, demand by product tables; random dummy keys hardly ever make it fetch
   quality-fetch  the same, but every KV head takes in all 8 chunks at every step: the most that demand can cost
+  refill         the most that lookahead can copy: sets are drawn anew at random in every cycle
   resident       LSA, with a device pool as large as the host store"""
 
 
@@ -180,6 +182,30 @@ def lsa_engine() -> Any:
     from vllm_lsa.plugin.runtime import Runtime
 
     return Runtime.latest().engine if Runtime._by_config else None
+
+
+def skip_prompt_attention() -> None:
+    """Prompts are read without attention to what came before the step, in this process, so that long ones take seconds.
+
+    Their K and V are then other numbers, of which the time of a decode step knows nothing.
+    """
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+
+    from vllm_lsa.device.engine import DeviceEngine
+
+    attend, plan_prefill = FlashAttentionImpl.forward, DeviceEngine._plan_prefill
+
+    def forward(self: Any, layer: Any, q: Any, k: Any, v: Any, cache: Any, metadata: Any, **more: Any) -> Any:
+        if metadata is not None and metadata.max_query_len > 1:
+            return more["output"].zero_()  # K and V are written by another operation
+        return attend(self, layer, q, k, v, cache, metadata, **more)
+
+    def plan(self: Any, rows: Any, num_tokens: int) -> Any:
+        found = plan_prefill(self, rows, num_tokens)
+        return replace(found, histories=[replace(history, tokens=0) for history in found.histories])
+
+    FlashAttentionImpl.forward = forward
+    DeviceEngine._plan_prefill = plan  # type: ignore[method-assign]
 
 
 def quantile(values: Sequence[float], share: float) -> float:

@@ -48,6 +48,8 @@ def measure(args: argparse.Namespace, name: str) -> None:
 
     shape, planned = SHAPES[args.shape], groups(args)
     loads = [engines.Load(batches[-1], context + most) for context, batches, most in planned]
+    if args.no_prompt_attention:
+        engines.skip_prompt_attention()
     start = time.perf_counter()
     llm = engines.make_llm(args, name, loads)
     startup = time.perf_counter() - start
@@ -67,7 +69,7 @@ def measure(args: argparse.Namespace, name: str) -> None:
                 "batch": batch,
                 "context": context,
                 **timed(args, requests, context),
-                "prefill_s_per_request": engines.rounded(seconds / fresh),
+                "prefill_s_per_request": "" if args.no_prompt_attention else engines.rounded(seconds / fresh),
                 "startup_s": engines.rounded(startup),
             }
             free, total = torch.cuda.mem_get_info()
@@ -113,6 +115,7 @@ def timed(args: argparse.Namespace, requests: engines.Requests, context: int) ->
         "kv_share": engines.rounded((resident + index) / total, 3),
         "chunks_demanded_per_step": engines.rounded(counts.get("chunks_demanded", 0) / len(times)),
         "mb_fetched_per_step": engines.rounded(counts.get("bytes_fetched", 0) / len(times) / 1e6),
+        "stalled_share": engines.rounded(counts.get("stall_seconds", 0) / sum(times)),
         "chunks_missed": counts.get("chunks_missed", 0),
         "cycles": counts.get("cycles", 0),
     }
@@ -199,6 +202,11 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=192, help="decode steps timed per case")
     parser.add_argument("--skip", type=int, default=8, help="decode steps before those")
+    parser.add_argument(
+        "--no-prompt-attention",
+        action="store_true",
+        help="read prompts without attention: the same decode steps, and no prefill times",
+    )
     parser.add_argument("--profile", type=Path, metavar="DIR", help="write the top kernels of 20 steps per case there")
     args = parser.parse_args()
     if args.plot:
