@@ -1,0 +1,65 @@
+"""Makes stock vLLM's CPU build run DeepSeek-V4, in whichever process it starts a worker.
+
+`environment(folder)` gives the variables for a process that is to have it: vLLM loads `register` by an entry point of
+a distribution that is nothing but metadata in that folder.
+"""
+
+import os
+from pathlib import Path
+
+_PLUGIN = "v4_cpu_fallbacks"
+_ROOT = Path(__file__).resolve().parents[2]
+_registered = False
+
+
+def environment(folder: Path, plugins: tuple[str, ...] = ()) -> dict[str, str]:
+    """Write the distribution into folder; returns the environment with it. plugins: vLLM plugins to load besides."""
+    info = folder / "v4_cpu_fallbacks-0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: v4-cpu-fallbacks\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{_PLUGIN} = {__name__}:register\n")
+    path = [str(folder), str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(path), "VLLM_PLUGINS": ",".join([_PLUGIN, *plugins])}
+
+
+def register() -> None:
+    """The entry point. Workers replace Triton kernels before they build a model: that is when the rest comes in too."""
+    global _registered
+    from vllm.platforms.cpu import CpuPlatform
+
+    if _registered:
+        return
+    _registered = True
+    stock = CpuPlatform.register_triton_kernel_overrides
+
+    def register_triton_kernel_overrides(cls: type[CpuPlatform]) -> None:
+        stock()
+        _install()
+
+    CpuPlatform.register_triton_kernel_overrides = classmethod(register_triton_kernel_overrides)
+
+
+def _install() -> None:
+    from vllm.triton_utils import HAS_TRITON
+    from vllm.triton_utils.dispatcher import register_kernels
+
+    from tests.v4 import attention, caches, dense, metadata, operators  # noqa: F401 - they collect operators
+
+    operators.define_missing()
+    if not HAS_TRITON:
+        register_kernels(metadata.KERNELS)
+    _complete_layer_types()
+
+
+def _complete_layer_types() -> None:
+    """`build_tile_scheduler` of the CPU lacks two keys that vllm/v1/attention/backends/mla/sparse_swa.py:780 reads."""
+    from vllm.models.deepseek_v4.cpu.cpu_mla import DeepseekV4CPUSparseSWAMetadataBuilder
+    from vllm.v1.attention.backends.mla import sparse_swa
+
+    stock = DeepseekV4CPUSparseSWAMetadataBuilder.build_tile_scheduler
+
+    def build_tile_scheduler(self: DeepseekV4CPUSparseSWAMetadataBuilder, num_decode_tokens: int) -> dict[str, None]:
+        absent = {sparse_swa._LAYER_TYPE_C1A: None, sparse_swa._LAYER_TYPE_C2A: None}
+        return {**absent, **stock(self, num_decode_tokens)}
+
+    DeepseekV4CPUSparseSWAMetadataBuilder.build_tile_scheduler = build_tile_scheduler

@@ -1,0 +1,34 @@
+"""Where fallbacks for operators of vLLM's AVX512-BF16 library are collected, and how they enter `torch.ops._C`."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_FALLBACKS: dict[str, tuple[str, Callable[..., Any]]] = {}
+_libraries: list[torch.library.Library] = []
+
+
+def fallback(schema: str) -> Callable[[Function], Function]:
+    """Mark a function as what the operator of its name does; schema: arguments and result as in torch_bindings.cpp."""
+
+    def mark(function: Function) -> Function:
+        _FALLBACKS[function.__name__] = (schema, function)
+        return function
+
+    return mark
+
+
+def define_missing() -> list[str]:
+    """Define the collected operators that the loaded library of vLLM lacks; returns their names."""
+    missing = [name for name in _FALLBACKS if not hasattr(torch.ops._C, name)]
+    # Operators live as long as the library object does.
+    library = torch.library.Library("_C", "FRAGMENT")
+    _libraries.append(library)
+    for name in missing:
+        schema, function = _FALLBACKS[name]
+        library.define(name + schema)
+        library.impl(name, function, "CPU")
+    return missing
