@@ -1,5 +1,7 @@
 """Fallbacks that read V4's caches: the indexer's logits and top-k, and sparse attention."""
 
+from itertools import pairwise
+
 import torch
 
 from tests.v4.operators import fallback
@@ -32,7 +34,7 @@ def fp8_paged_mqa_logits_cpu(
     # Neighbouring rows with the same page table are rows of one prompt.
     changes = (page_table[1:] != page_table[:-1]).any(dim=1).nonzero().squeeze(-1) + 1
     bounds = [0, *changes.tolist(), len(q_fp8)]
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         length = int(seq_lens[begin:end].max())
         if length <= 0:
             continue
@@ -82,13 +84,36 @@ def topk_transform_512_cpu(
     out_page_indices[:, :TOP_K] = (pages * page_size + raw % page_size).masked_fill(raw < 0, -1)
 
 
+def _runs(window_slots: torch.Tensor) -> list[slice]:
+    """Rows of window_slots int64 [T, K] in parts of at most _ROWS successive tokens of one request.
+
+    So that what a request gets does not depend on what else is in its batch. A window is in order of positions, -1
+    behind: a row goes on with the row before if the last but one of its slots is that one's last.
+    """
+    count = (window_slots >= 0).sum(dim=1)
+    last = window_slots.gather(1, (count - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    before = window_slots.gather(1, (count - 2).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    starts = ((before[1:] != last[:-1]) | (count[1:] < 2)).nonzero().squeeze(-1) + 1
+    bounds = [0, *starts.tolist(), len(window_slots)]
+    return [
+        slice(row, min(row + _ROWS, end)) for begin, end in pairwise(bounds) for row in range(begin, end, _ROWS)
+    ]
+
+
 def _gather(pages: torch.Tensor, states: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """States at slots int64 [R, K] (-1 or beyond the pages: none) -> the distinct ones fp32 [N, 512], read [R, N]."""
+    """States at slots int64 [R, K] (-1 or beyond the pages: none) -> the distinct ones fp32 [N, 512], read [R, N].
+
+    In the order in which they appear, which is that of positions: sums must not depend on where blocks lie.
+    """
     valid = (slots >= 0) & (slots < pages.shape[0] * states)
-    distinct, index = slots[valid].unique(return_inverse=True)
+    flat = slots[valid]
+    distinct, index = flat.unique(return_inverse=True)
+    first = torch.full((len(distinct),), len(flat)).scatter_reduce_(0, index, torch.arange(len(flat)), "amin")
+    order = first.argsort()
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     read = torch.zeros(len(slots), len(distinct), dtype=torch.bool)
-    read[valid.nonzero()[:, 0], index] = True
-    return read_mla(pages, states, distinct), read
+    read[valid.nonzero()[:, 0], place[index]] = True
+    return read_mla(pages, states, distinct[order]), read
 
 
 @fallback(
@@ -114,8 +139,7 @@ def flash_mla_with_kvcache_cpu(
     logit of a state without value. Without any state the output is 0. flash_mla.cpp `sparse_mla_decode_kernel_impl`,
     which rounds probabilities to bf16; here they are fp32.
     """
-    for row in range(0, len(q), _ROWS):
-        rows = slice(row, row + _ROWS)
+    for rows in _runs(window_slots):
         states, read = _gather(window_cache_2d, window_block_size, window_slots[rows])
         if compressed_slots.shape[1]:
             more, more_read = _gather(compressed_cache_2d, compressed_block_size, compressed_slots[rows])
