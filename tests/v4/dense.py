@@ -7,6 +7,14 @@ from vllm.model_executor.kernels.mhc.torch import mhc_post_torch, mhc_pre_torch
 from tests.v4.operators import fallback
 from tests.v4.pages import rotate
 
+# fp32 products of fewer rows take another path in BLAS, which sums in another order.
+_FEW = 16
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    """x [T, ...] with at least _FEW rows, so that a request's rows do not depend on what else is in its batch."""
+    return x if len(x) >= _FEW else torch.cat([x, x.new_zeros(_FEW - len(x), *x.shape[1:])])
+
 
 @fallback(
     "(Tensor x, Tensor hc_fn, Tensor hc_scale, Tensor hc_base, int hc_mult, int sinkhorn_iters, float rms_eps, "
@@ -27,9 +35,9 @@ def hc_pre_fused_cpu(
     mhc.cpp `hc_pre_fuse_impl`.
     """
     post, comb, layer_input = mhc_pre_torch(
-        x, hc_fn, hc_scale, hc_base, rms_eps, hc_eps, hc_eps, hc_post_mult_value=2.0, sinkhorn_repeat=sinkhorn_iters
+        _padded(x), hc_fn, hc_scale, hc_base, rms_eps, hc_eps, hc_eps, hc_post_mult_value=2.0, sinkhorn_repeat=sinkhorn_iters
     )
-    return layer_input, post.squeeze(-1), comb
+    return layer_input[: len(x)], post[: len(x)].squeeze(-1), comb[: len(x)]
 
 
 @fallback("(Tensor x, Tensor residual, Tensor post, Tensor comb) -> Tensor")
@@ -54,7 +62,7 @@ def hc_head_fused_cpu(
 ) -> torch.Tensor:
     """Streams x bf16 [T, m, d] -> their gated sum bf16 [T, d]; hc_fn fp32 [m, m d]. mhc.cpp `hc_head_fuse_impl`."""
     flat = x.flatten(1).float()
-    mixes = (flat @ hc_fn.T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    mixes = (_padded(flat) @ hc_fn.T)[: len(x)] * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
     gates = torch.sigmoid(mixes * hc_scale + hc_base) + hc_eps
     return (gates.unsqueeze(-1) * x.float()).sum(dim=1).to(x.dtype)
 
@@ -138,4 +146,5 @@ def bmm_cpu(
 ) -> None:
     """out bf16 [G, T, N] = mat1 bf16 [G, T, K] @ mat2 bf16 [G, N, K] transposed, summed in fp32. bmm.cpp."""
     assert scale is None
-    out.copy_(torch.bmm(mat1.float(), mat2.float().transpose(1, 2)))
+    rows = _padded(mat1.float().transpose(0, 1)).transpose(0, 1)
+    out.copy_(torch.bmm(rows, mat2.float().transpose(1, 2))[:, : mat1.shape[1]])
