@@ -45,7 +45,7 @@ def fp8_paged_mqa_logits_cpu(
             rows = slice(row, min(row + _ROWS, end))
             reach = int(seq_lens[rows].max())
             dots = (q_fp8[rows].float().flatten(0, 1) @ keys[:reach].T).relu_().view(-1, q_fp8.shape[1], reach)
-            sums = torch.bmm(weight[rows].unsqueeze(1), dots).squeeze(1) * scales[:reach]
+            sums = dots.mul_(weight[rows].unsqueeze(-1)).sum(dim=1) * scales[:reach]
             logits[rows, :reach] = sums.masked_fill(tokens[:reach] >= seq_lens[rows].unsqueeze(-1), -torch.inf)
     return logits
 
@@ -137,7 +137,8 @@ def flash_mla_with_kvcache_cpu(
 
     window_slots, compressed_slots int64 [T, K] (-1: none; a slot at most once in a row); attn_sink fp32 [H], the
     logit of a state without value. Without any state the output is 0. flash_mla.cpp `sparse_mla_decode_kernel_impl`,
-    which rounds probabilities to bf16; here they are fp32.
+    which rounds probabilities to bf16 and sums in fp32. Here they are fp32 and the sum is fp64: with its order, which
+    follows from what else is read beside a row, a result in bf16 hardly ever changes.
     """
     for rows in _runs(window_slots):
         states, read = _gather(window_cache_2d, window_block_size, window_slots[rows])
@@ -152,7 +153,7 @@ def flash_mla_with_kvcache_cpu(
         scores.masked_fill_(~read.unsqueeze(1), -torch.inf)
         # With a sink that is finite, or any state, the maximum is finite; the clamp is for rows with neither.
         top = torch.maximum(scores.amax(-1), attn_sink).clamp(min=torch.finfo(torch.float32).min).unsqueeze(-1)
-        shares = (scores - top).exp_()
+        shares = scores.sub_(top).exp_().double()
         total = shares.sum(-1, keepdim=True) + (attn_sink.view(1, -1, 1) - top).exp()
-        attended = (shares.flatten(0, 1) @ states).view(count, heads, HEAD) / total
+        attended = (shares.flatten(0, 1) @ states.double()).view(count, heads, HEAD) / total
         out[rows] = attended.masked_fill(~read.any(-1).view(-1, 1, 1), 0.0).to(out.dtype)

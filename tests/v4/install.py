@@ -6,20 +6,30 @@ a distribution that is nothing but metadata in that folder.
 
 import os
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
-_PLUGIN = "v4_cpu_fallbacks"
 _ROOT = Path(__file__).resolve().parents[2]
+# Entry points: vLLM's name for a plugin, and the function here.
+_FALLBACKS, _CHUNKS = "v4_cpu_fallbacks", "v4_cpu_chunks"
 _registered = False
 
 
-def environment(folder: Path, plugins: tuple[str, ...] = ()) -> dict[str, str]:
-    """Write the distribution into folder; returns the environment with it. plugins: vLLM plugins to load besides."""
+def environment(folder: Path, chunks: bool = False, plugins: tuple[str, ...] = ()) -> dict[str, str]:
+    """Write the distribution into folder; returns the environment with it, in which no other plugin is loaded.
+
+    chunks: prompts in chunks and prefix caching, as where the CPU has AMX; stock vLLM forbids V4 both without.
+    plugins: vLLM plugins to load besides, by name.
+    """
     info = folder / "v4_cpu_fallbacks-0.dist-info"
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: v4-cpu-fallbacks\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{_PLUGIN} = {__name__}:register\n")
+    (info / "entry_points.txt").write_text(
+        f"[vllm.general_plugins]\n{_FALLBACKS} = {__name__}:register\n{_CHUNKS} = {__name__}:allow_chunks\n"
+    )
     path = [str(folder), str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"PYTHONPATH": os.pathsep.join(path), "VLLM_PLUGINS": ",".join([_PLUGIN, *plugins])}
+    names = [_FALLBACKS, *([_CHUNKS] if chunks else []), *plugins]
+    return {"PYTHONPATH": os.pathsep.join(path), "VLLM_PLUGINS": ",".join(names)}
 
 
 def register() -> None:
@@ -37,6 +47,19 @@ def register() -> None:
         _install()
 
     CpuPlatform.register_triton_kernel_overrides = classmethod(register_triton_kernel_overrides)
+
+
+def allow_chunks() -> None:
+    """The other entry point: vllm/platforms/cpu.py:268 asks for AMX tiles, which the fallbacks do not need."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    stock = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(cls: type[CpuPlatform], vllm_config: Any) -> None:
+        with mock.patch("torch.cpu._is_amx_tile_supported", return_value=True):
+            stock(vllm_config)
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
 def _install() -> None:
