@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 
 def requests(count: int, seed: int, vocabulary: int = 49152) -> list[list[int]]:
@@ -50,7 +51,7 @@ def generate(args: argparse.Namespace) -> None:
     params = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True, detokenize=False)
     engine, waiting = llm.llm_engine, list(enumerate(requests(args.generations, args.seed)))
     found: dict[str, list[int]] = {}
-    running = 0
+    running, progress = 0, tqdm(total=args.generations, mininterval=5, desc="eager" if args.eager else "graphs")
     while waiting or engine.has_unfinished_requests():
         # By the engine's own steps, so that both runs schedule alike.
         while waiting and running < args.batch:
@@ -61,6 +62,7 @@ def generate(args: argparse.Namespace) -> None:
             if output.finished:
                 found[output.request_id] = list(output.outputs[0].token_ids)
                 running -= 1
+                progress.update()
     args.out.write_text(json.dumps(found))
 
 

@@ -9,6 +9,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import dataclasses
 import importlib
+import re
 import sys
 from typing import Any
 
@@ -47,7 +48,9 @@ def launch(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    rounded = re.findall(r"tt.dot .*inputPrecision = tf32 :.*xf32>", done.asm["ttir"])
+    assert not rounded, f"{kernel.__name__} rounds fp32 to TF32: {rounded[0]}"
     compiled.add(f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}")
 
 

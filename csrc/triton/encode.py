@@ -20,8 +20,6 @@ _DYNAMIC = [
 ]  # fmt: skip
 _PROGRAMS = 4
 """For the rows of a step, per KV head and few subspaces: about as many multiprocessors as there are have one each."""
-_BROADCAST = 2**15
-"""Most products of a program that are formed at a time without tl.dot: 128 for each of 256 threads."""
 
 
 @triton.jit
@@ -69,10 +67,9 @@ def _locate(
 def _codes(
     keys, to, valid, h, to_code, mean, centroids,
     CHUNK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr,
-    WIDTH_PAD: tl.constexpr, SUBSPACES: tl.constexpr, BROADCAST: tl.constexpr,
+    WIDTH_PAD: tl.constexpr, SUBSPACES: tl.constexpr,
 ):  # fmt: skip
-    """Codes of the program's subspaces, of keys that begin at `keys`. BROADCAST: without tl.dot, which takes long for
-    few tokens."""
+    """Codes of the program's subspaces, of keys that begin at `keys`."""
     d, w, c = tl.arange(0, D_PAD), tl.arange(0, WIDTH_PAD), tl.arange(0, 256)
     # Read once for all subspaces: it may come from host memory.
     key = tl.load(keys[:, None] + d[None, :], mask=valid[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
@@ -86,12 +83,10 @@ def _codes(
         centroid = tl.load(
             centroids + ((h * M + m) * 256 + c[None, :]) * WIDTH + w[:, None], mask=w[:, None] < WIDTH, other=0.0
         )
-        if BROADCAST:
-            y = tl.sum(key[:, :, None] * matrix[None, :, :], 1)
-            product = tl.sum(y[:, :, None] * centroid[None, :, :], 1)
-        else:
-            y = tl.dot(key, matrix, input_precision="ieee")
-            product = tl.dot(y, centroid, input_precision="ieee")
+        # On tensor cores, as exact as fp32: plain TF32 would take the wrong one of two near centroids. Sums of products
+        # are no way round that, since the compiler makes TF32 products of them.
+        y = tl.dot(key, matrix, input_precision="tf32x3")
+        product = tl.dot(y, centroid, input_precision="tf32x3")
         distance = tl.sum(centroid * centroid, 0)[None, :] - 2 * product
         tl.store(to + m * CHUNK, tl.argmin(distance, 1).to(tl.uint8), mask=valid)
 
@@ -103,7 +98,7 @@ def _product(
     KIND: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, PER_BLOCK: tl.constexpr, LAYER_LANES: tl.constexpr,
     LAYERS: tl.constexpr, LANE_HEADS: tl.constexpr, PAGE: tl.constexpr, D_PAD: tl.constexpr, M: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr,
-    SUBSPACES: tl.constexpr, BROADCAST: tl.constexpr, ROWS_PAD: tl.constexpr,
+    SUBSPACES: tl.constexpr, ROWS_PAD: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs, Hkv, M / SUBSPACES), where a program's keys are TOKENS rows of one matrix: of CHUNKS chunks one
     after the other, or for ROWS of a chunk that a row has completed. Few have, so it's few programs that find theirs.
@@ -124,7 +119,7 @@ def _product(
             to = cells + block * cell_block + h * cell_head + at * cell_chunk + r
             _codes(
                 keys + first + r * D, to, r < CHUNK, h, to_code, mean, centroids,
-                CHUNK, D, D_PAD, M, WIDTH, WIDTH_PAD, SUBSPACES, BROADCAST,
+                CHUNK, D, D_PAD, M, WIDTH, WIDTH_PAD, SUBSPACES,
             )  # fmt: skip
     else:
         i, t = tl.program_id(0) * CHUNKS + r // CHUNK, r % CHUNK
@@ -137,7 +132,7 @@ def _product(
             to = cells + block * cell_block + h * cell_head + at * cell_chunk + t
             _codes(
                 keys + first + t * (key_token if KIND == _TOKENS else D), to, valid, h, to_code, mean, centroids,
-                CHUNK, D, D_PAD, M, WIDTH, WIDTH_PAD, SUBSPACES, BROADCAST,
+                CHUNK, D, D_PAD, M, WIDTH, WIDTH_PAD, SUBSPACES,
             )  # fmt: skip
 
 
@@ -216,15 +211,11 @@ def encode(
     to_code, mean, centroids = tables
     subspaces, width = centroids.shape[1], centroids.shape[3]
     chunks = 1 if kind == ROWS else max(1, 32 // chunk)
-    tokens, width_pad = triton.next_power_of_2(chunks * chunk), triton.next_power_of_2(width)
-    broadcast = kind == ROWS and tokens * width_pad * max(256, static["D_PAD"]) <= _BROADCAST
-    if not broadcast:
-        tokens, width_pad = max(16, tokens), max(16, width_pad)
+    tokens, width_pad = max(16, triton.next_power_of_2(chunks * chunk)), max(16, triton.next_power_of_2(width))
     each = 4 if kind == ROWS else 1
     programs = min(n, _PROGRAMS) if kind == ROWS else triton.cdiv(n, chunks)
     _product[(programs, kv_heads, triton.cdiv(subspaces, each))](
         keys, source, blocks, places, *slots, to_code, mean, centroids, cells, *dynamic,
         M=subspaces, WIDTH=width, WIDTH_PAD=width_pad, CHUNKS=chunks, TOKENS=tokens, SUBSPACES=each,
-        BROADCAST=broadcast, ROWS_PAD=triton.next_power_of_2(n) if kind == ROWS else 1, **static,
-        num_warps=8 if broadcast else 4,
+        ROWS_PAD=triton.next_power_of_2(n) if kind == ROWS else 1, **static, num_warps=4,
     )  # fmt: skip

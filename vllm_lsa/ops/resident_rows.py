@@ -16,7 +16,7 @@ COPY_TILE = 4096
 """Elements that a program of a copy has under way at a time."""
 LOOK = 64
 """Entries of a long list of copies that a program looks at at a time."""
-SPLIT_CHUNKS = 1024
+SPLIT_CHUNKS = 512
 MAX_SPLITS = 16
 """Demand looks at a row's chunks in up to so many parts side by side, of about that many chunks each."""
 
