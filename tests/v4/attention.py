@@ -6,6 +6,7 @@ import torch
 
 from tests.v4.operators import fallback
 from tests.v4.pages import HEAD, read_index_keys, read_mla
+from tests.v4.rows import product
 
 TOP_K = 512
 # Query rows that are worked on together. Rows of one prompt mostly read the same states.
@@ -44,7 +45,7 @@ def fp8_paged_mqa_logits_cpu(
         for row in range(begin, end, _ROWS):
             rows = slice(row, min(row + _ROWS, end))
             reach = int(seq_lens[rows].max())
-            dots = (q_fp8[rows].float().flatten(0, 1) @ keys[:reach].T).relu_().view(-1, q_fp8.shape[1], reach)
+            dots = product(q_fp8[rows].float().flatten(0, 1), keys[:reach]).relu_().view(-1, q_fp8.shape[1], reach)
             sums = dots.mul_(weight[rows].unsqueeze(-1)).sum(dim=1) * scales[:reach]
             logits[rows, :reach] = sums.masked_fill(tokens[:reach] >= seq_lens[rows].unsqueeze(-1), -torch.inf)
     return logits
@@ -95,9 +96,7 @@ def _runs(window_slots: torch.Tensor) -> list[slice]:
     before = window_slots.gather(1, (count - 2).clamp(min=0).unsqueeze(-1)).squeeze(-1)
     starts = ((before[1:] != last[:-1]) | (count[1:] < 2)).nonzero().squeeze(-1) + 1
     bounds = [0, *starts.tolist(), len(window_slots)]
-    return [
-        slice(row, min(row + _ROWS, end)) for begin, end in pairwise(bounds) for row in range(begin, end, _ROWS)
-    ]
+    return [slice(row, min(row + _ROWS, end)) for begin, end in pairwise(bounds) for row in range(begin, end, _ROWS)]
 
 
 def _gather(pages: torch.Tensor, states: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,7 +148,7 @@ def flash_mla_with_kvcache_cpu(
         if not len(states):
             out[rows] = 0
             continue
-        scores = (q[rows].float().flatten(0, 1) @ states.T).view(count, heads, -1) * scale
+        scores = product(q[rows].float().flatten(0, 1), states).view(count, heads, -1) * scale
         scores.masked_fill_(~read.unsqueeze(1), -torch.inf)
         # With a sink that is finite, or any state, the maximum is finite; the clamp is for rows with neither.
         top = torch.maximum(scores.amax(-1), attn_sink).clamp(min=torch.finfo(torch.float32).min).unsqueeze(-1)

@@ -46,9 +46,7 @@ def fused_qnorm_rope_kv_insert_cpu(
     return out
 
 
-@fallback(
-    "(Tensor kv, Tensor score, Tensor ape, Tensor positions, Tensor(a!) state_cache, Tensor slot_mapping) -> ()"
-)
+@fallback("(Tensor kv, Tensor score, Tensor ape, Tensor positions, Tensor(a!) state_cache, Tensor slot_mapping) -> ()")
 def save_partial_states_cpu(
     kv: torch.Tensor,
     score: torch.Tensor,

@@ -6,14 +6,7 @@ from vllm.model_executor.kernels.mhc.torch import mhc_post_torch, mhc_pre_torch
 
 from tests.v4.operators import fallback
 from tests.v4.pages import rotate
-
-# fp32 products of fewer rows take another path in BLAS, which sums in another order.
-_FEW = 16
-
-
-def _padded(x: torch.Tensor) -> torch.Tensor:
-    """x [T, ...] with at least _FEW rows, so that a request's rows do not depend on what else is in its batch."""
-    return x if len(x) >= _FEW else torch.cat([x, x.new_zeros(_FEW - len(x), *x.shape[1:])])
+from tests.v4.rows import padded, product
 
 
 @fallback(
@@ -35,15 +28,21 @@ def hc_pre_fused_cpu(
     mhc.cpp `hc_pre_fuse_impl`.
     """
     post, comb, layer_input = mhc_pre_torch(
-        _padded(x), hc_fn, hc_scale, hc_base, rms_eps, hc_eps, hc_eps, hc_post_mult_value=2.0, sinkhorn_repeat=sinkhorn_iters
+        padded(x),
+        hc_fn,
+        hc_scale,
+        hc_base,
+        rms_eps,
+        hc_eps,
+        hc_eps,
+        hc_post_mult_value=2.0,
+        sinkhorn_repeat=sinkhorn_iters,
     )
     return layer_input[: len(x)], post[: len(x)].squeeze(-1), comb[: len(x)]
 
 
 @fallback("(Tensor x, Tensor residual, Tensor post, Tensor comb) -> Tensor")
-def hc_post_fused_cpu(
-    x: torch.Tensor, residual: torch.Tensor, post: torch.Tensor, comb: torch.Tensor
-) -> torch.Tensor:
+def hc_post_fused_cpu(x: torch.Tensor, residual: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
     """x bf16 [T, d], residual bf16 [T, m, d], post fp32 [T, m], comb fp32 [T, m, m] -> bf16 [T, m, d].
 
     vLLM's own `mhc_post_torch`; mhc.cpp `hc_post_fuse_impl`.
@@ -62,7 +61,7 @@ def hc_head_fused_cpu(
 ) -> torch.Tensor:
     """Streams x bf16 [T, m, d] -> their gated sum bf16 [T, d]; hc_fn fp32 [m, m d]. mhc.cpp `hc_head_fuse_impl`."""
     flat = x.flatten(1).float()
-    mixes = (_padded(flat) @ hc_fn.T)[: len(x)] * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    mixes = product(flat, hc_fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
     gates = torch.sigmoid(mixes * hc_scale + hc_base) + hc_eps
     return (gates.unsqueeze(-1) * x.float()).sum(dim=1).to(x.dtype)
 
@@ -146,5 +145,5 @@ def bmm_cpu(
 ) -> None:
     """out bf16 [G, T, N] = mat1 bf16 [G, T, K] @ mat2 bf16 [G, N, K] transposed, summed in fp32. bmm.cpp."""
     assert scale is None
-    rows = _padded(mat1.float().transpose(0, 1)).transpose(0, 1)
+    rows = padded(mat1.float().transpose(0, 1)).transpose(0, 1)
     out.copy_(torch.bmm(rows, mat2.float().transpose(1, 2))[:, : mat1.shape[1]])

@@ -68,7 +68,10 @@ def prefill_gather_lens(
     window_size: int,
     BLOCK_SIZE: int,
 ) -> None:
-    """Tokens int32 [num_prefills] whose window states a prompt reads. vllm/v1/attention/backends/mla/sparse_swa.py:340."""
+    """Tokens int32 [num_prefills] whose window states a prompt reads.
+
+    vllm/v1/attention/backends/mla/sparse_swa.py:340.
+    """
     requests = slice(num_decodes, num_decodes + num_prefills)
     queries = query_start_loc_ptr.diff()[requests]
     visible = (seq_lens_ptr[requests] - queries - replay_start_ptr[requests]).clamp(min=0)

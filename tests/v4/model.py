@@ -60,6 +60,16 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": False,
 }  # fmt: skip
 
+# What `vllm.LLM` and, with dashes, `vllm serve` have to be told about it.
+ARGUMENTS: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "max_model_len": 9344,
+    "max_num_seqs": 4,
+    "kv_cache_memory_bytes": 1 << 30,
+}
+
 
 class _Weights:
     """Collects tensors by name, from one generator, so that the same seed gives the same checkpoint."""

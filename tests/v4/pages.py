@@ -25,7 +25,7 @@ _SMALLEST_NORMAL = 2.0**-6
 
 @dataclass(frozen=True)
 class Pages:
-    """Two views of the uint8 pages [B, >= n * (wide + narrow)] of n states: data [B, n, wide], scales [B, n, narrow]."""
+    """Views of uint8 pages [B, >= n * (wide + narrow)] of n states: data [B, n, wide], scales [B, n, narrow]."""
 
     data: torch.Tensor
     scales: torch.Tensor
