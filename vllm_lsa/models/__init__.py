@@ -1,0 +1,1 @@
+"""Models that LSA serves in a way of their own."""
