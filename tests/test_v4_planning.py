@@ -188,7 +188,7 @@ def test_blocks(config: VllmConfig, stock: Specs, form: str, block: int, groups:
         assert v4.block_bytes(specs) == block
 
 
-# MiB: one decoding request of 256K, 512K and 1M tokens; what reading 8,192 tokens of a prompt at once adds; block tables.
+# MiB of one decoding request of 256K, 512K and 1M tokens; of what reading 8,192 tokens at once adds; of block tables.
 PLANNED = {
     "stock": (999.8, 1978.5, 3936.0, 3156.1, 1.6),
     "lsa": (230.1, 441.0, 862.9, 3183.6, 7.6),
