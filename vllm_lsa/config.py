@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm_lsa.errors import LsaError
 from vllm_lsa.indexer.checkpoint import CONFIG, IndexerConfig
 from vllm_lsa.indexer.trained import find
-from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.memory.geometry import PageGeometry
 
 GIB = 1 << 30
 DEMAND_RECENCY = 32
@@ -173,7 +173,7 @@ class LsaConfig(BaseModel):
         """Resident sets of a layer."""
         return num_kv_heads if self.sets == "per_head" else 1
 
-    def host_blocks(self, geometry: KVGeometry, max_model_len: int, ranks: int) -> int:
+    def host_blocks(self, geometry: PageGeometry, max_model_len: int, ranks: int) -> int:
         """Blocks of one rank's host store, vLLM's null block included. Raises LsaError if one request does not fit."""
         per_request = geometry.blocks(max_model_len)
         if self.host_memory_gib is None:
@@ -187,7 +187,7 @@ class LsaConfig(BaseModel):
             )
         return blocks
 
-    def pool_slots(self, geometry: KVGeometry, host_blocks: int) -> int:
+    def pool_slots(self, geometry: PageGeometry, host_blocks: int) -> int:
         """Slots of one rank's device pool. Raises LsaError if the forced chunks of one request do not fit."""
         pages = host_blocks * geometry.chunks_per_block * geometry.num_lanes
         if self.device_pool_gib is not None:

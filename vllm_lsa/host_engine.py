@@ -7,6 +7,7 @@ import torch
 
 from vllm_lsa.attention import LayerAttention
 from vllm_lsa.engine import LsaEngine
+from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.memory.transfers import Transfers
 from vllm_lsa.residency.lookahead import LookaheadScheduler
 from vllm_lsa.residency.plan import Row, StepPlan
@@ -22,8 +23,9 @@ STAGING_TOKENS = 8192
 class HostEngine(LsaEngine[StepPlan]):
     """Both tiers are in host memory, and so is all state. (A CUDA device has `device.engine`.)"""
 
-    def _staging_pages(self) -> int:
-        return STAGING_TOKENS // self.geometry.chunk_tokens * self.geometry.layer_lanes
+    @staticmethod
+    def _staging_pages(geometry: KVGeometry) -> int:
+        return STAGING_TOKENS // geometry.chunk_tokens * geometry.layer_lanes
 
     def attach(self, num_blocks: int, cells: Sequence[torch.Tensor]) -> None:
         self._attach_store(num_blocks)

@@ -60,7 +60,8 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         self._prefill = prefill or TorchPrefill()
         self.tracer: Tracer | None = None
 
-    def _staging_pages(self) -> int:
+    @staticmethod
+    def _staging_pages(geometry: KVGeometry) -> int:
         return 0
 
     def attach(self, num_blocks: int, cells: Sequence[torch.Tensor]) -> None:

@@ -9,17 +9,17 @@ import numpy as np
 import torch
 
 from vllm_lsa.errors import LsaError
-from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.memory.geometry import PageGeometry
 
 
 class HostStore:
-    """Paged K/V of every block, ``pages`` of shape ``[num_blocks * lanes * chunks_per_block, 2, H, C, D]``.
+    """The pages of every block, ``pages`` of shape ``[num_blocks * lanes * chunks_per_block, *page_shape]``.
 
     The page of (block b, lane l, chunk c of the block) is row ``(b * lanes + l) * chunks_per_block + c``. With
     ``pin``, the memory is page-locked so that a CUDA device can copy from it asynchronously.
     """
 
-    def __init__(self, geometry: KVGeometry, num_blocks: int, pin: bool = False) -> None:
+    def __init__(self, geometry: PageGeometry, num_blocks: int, pin: bool = False) -> None:
         self.geometry = geometry
         self.num_blocks = num_blocks
         self.num_pages = num_blocks * geometry.num_lanes * geometry.chunks_per_block
@@ -60,8 +60,8 @@ class HostStore:
         self._blocks[target].copy_(self._blocks[source])
 
     def poison(self, blocks: np.ndarray) -> None:
-        """Fill blocks with NaN (check mode): what is read there was never written for its new owner."""
-        self._blocks[torch.from_numpy(blocks.astype(np.int64))] = float("nan")
+        """Fill blocks with poison (check mode): what is read there was never written for its new owner."""
+        self._blocks[torch.from_numpy(blocks.astype(np.int64))] = self.geometry.poison
 
 
 def _huge(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.memory.geometry import PageGeometry
 
 FREE = -1
 RESERVED = -2  # owned by a request whose chunks in it change on the device
@@ -14,19 +14,20 @@ RESERVED = -2  # owned by a request whose chunks in it change on the device
 class SlotPool:
     """Slots, who owns them, and which may be taken back.
 
-    ``pages`` is the device memory, ``[slots + staging, 2, Hkv, C, D]``; the rows from ``num_slots`` on are staging for
+    ``pages`` is the device memory, ``[slots + staging, *page_shape]``; the rows from ``num_slots`` on are staging for
     pages that pass through without becoming resident. A slot is owned by the host page it caches. Slots that some
     resident set refers to are pinned; the others stay cached and are taken back least recently used first.
     """
 
     def __init__(
-        self, geometry: KVGeometry, num_slots: int, staging: int, device: torch.device, poison: bool = False
+        self, geometry: PageGeometry, num_slots: int, staging: int, device: torch.device, poison: bool = False
     ) -> None:
         self.num_slots = num_slots
         self.poison = poison
+        self._poison_value = geometry.poison
         self.pages = torch.empty(num_slots + staging, *geometry.page_shape, dtype=geometry.dtype, device=device)
         if poison:
-            self.pages.fill_(float("nan"))
+            self.pages.fill_(self._poison_value)
         self.staging = np.arange(num_slots, num_slots + staging, dtype=np.int64)
         self.owner = np.full(num_slots, FREE, np.int64)
         self.refs = np.zeros(num_slots, np.int32)
@@ -157,7 +158,7 @@ class SlotPool:
         self._free[self._num_free : self._num_free + len(slots)] = slots
         self._num_free += len(slots)
         if self.poison:
-            self.pages[torch.from_numpy(slots).to(self.pages.device)] = float("nan")
+            self.pages[torch.from_numpy(slots).to(self.pages.device)] = self._poison_value
 
     def _note(self, pages: np.ndarray) -> None:
         if self._changed is not None:

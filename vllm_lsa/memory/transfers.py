@@ -92,6 +92,14 @@ class Transfers:
         self.counts.bytes_written_back += 2 * k.numel() * k.element_size()
         write_tokens(k, v, offset, self.pool.pages, slot, self.store.pages, page)
 
+    def write_pages(self, pages: np.ndarray, slots: np.ndarray) -> None:
+        """Write-through of host pages int64 [n] that the step has just written, into their slots int64 [n]."""
+        self._copy(pages, slots)
+
+    def read_in_place(self, count: int) -> None:
+        """Count pages that attention reads from the host store itself."""
+        self.counts.bytes_streamed += self._bytes(count)
+
     def close(self) -> None:
         """Finish the copy under way and end the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)

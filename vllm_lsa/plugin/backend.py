@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm_lsa.device.plan import DevicePlan
 from vllm_lsa.engine import index_layout
 from vllm_lsa.errors import LsaError
-from vllm_lsa.plugin.runtime import Runtime
+from vllm_lsa.plugin.runtime import DenseRuntime, Runtime
 from vllm_lsa.residency.plan import StepPlan
 
 
@@ -79,7 +79,7 @@ class LsaMetadataBuilder(AttentionMetadataBuilder[LsaMetadata]):
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._runtime = Runtime.of(vllm_config)
+        self._runtime = DenseRuntime.of(vllm_config)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -130,7 +130,7 @@ class LsaImpl(AttentionImpl[LsaMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self._runtime = Runtime.of(get_current_vllm_config())
+        self._runtime = DenseRuntime.of(get_current_vllm_config())
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         # Before vLLM profiles the device, so that its memory accounting sees the pool.

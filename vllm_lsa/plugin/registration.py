@@ -6,6 +6,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_lsa.errors import LsaError
+from vllm_lsa.models.deepseek_v4 import registry as deepseek_v4
 from vllm_lsa.plugin import error_line, validate
 from vllm_lsa.plugin import metrics as plugin_metrics
 
@@ -28,8 +29,9 @@ def register_lsa() -> None:
 
 
 def lsa_member() -> AttentionBackendEnum:
-    """The enum member of the backend, registered if need be."""
+    """The enum member of the backend, registered if need be: this process was given a configuration with LSA."""
     register_lsa()
+    deepseek_v4.register()
     return AttentionBackendEnum[NAME]
 
 

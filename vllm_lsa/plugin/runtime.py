@@ -1,7 +1,8 @@
 """The engine of one worker process and the places where vLLM's worker touches it."""
 
 import functools
-from typing import Any, ClassVar
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from vllm.config import VllmConfig
@@ -23,24 +24,28 @@ from vllm_lsa.plugin import tensor_parallel
 from vllm_lsa.plugin.scheduler_output import step_update
 from vllm_lsa.plugin.validate import host_blocks
 from vllm_lsa.residency.plan import StepPlan
+from vllm_lsa.tiers import TieredEngine
 
 logger = init_logger("vllm.lsa")
 
 
-class Runtime:
-    """Owns the engine of one vLLM worker and translates between the two."""
+R = TypeVar("R", bound="Runtime")
+
+
+class Runtime(ABC):
+    """Owns the engine of one vLLM worker and translates between the two: what holds for every model."""
 
     # By identity of the compilation config, which copies of a VllmConfig share; its instance_id changes on the way.
     _by_config: ClassVar[dict[int, "Runtime"]] = {}
 
     @classmethod
-    def of(cls, vllm_config: VllmConfig) -> "Runtime":
+    def of(cls: type[R], vllm_config: VllmConfig) -> R:
         """The runtime of an engine instance in this process."""
         key = id(vllm_config.compilation_config)
         if key not in cls._by_config:
             cls._by_config[key] = cls(vllm_config)
             _hook_worker()
-        return cls._by_config[key]
+        return cast(R, cls._by_config[key])
 
     @classmethod
     def latest(cls) -> "Runtime":
@@ -50,16 +55,78 @@ class Runtime:
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.config = LsaConfig.parse(vllm_config.additional_config)
         self.vllm_config = vllm_config
-        self.engine: HostEngine | DeviceEngine | None = None
-        self.host_blocks = 0
-        self._layers: dict[str, int] = {}
+        self.group = 0
+        """The KV cache group whose block ids are rows of the host store."""
         self._runner: Any = None
 
     @property
     def device(self) -> torch.device:
         return torch.device(self.vllm_config.device_config.device or "cpu")
 
-    # -- memory -----------------------------------------------------------------------------------------------------
+    @property
+    @abstractmethod
+    def _tiers(self) -> TieredEngine[Any, Any] | None:
+        """The engine; None until it is made."""
+
+    def cap_memory(self, available: int) -> int:
+        """Device bytes that vLLM may take for its caches, out of those available."""
+        return available
+
+    @abstractmethod
+    def attach(self, kv_cache_config: Any) -> None:
+        """Allocate the host store; vLLM has just made its blocks."""
+
+    def open_step(self, runner: Any, scheduler_output: Any) -> None:
+        if self._tiers is not None:
+            self._runner = runner
+            self._tiers.open_step(step_update(scheduler_output, self.group))
+
+    def close_step(self) -> None:
+        if self._tiers is not None:
+            self._runner = None
+            self._tiers.close_step()
+
+    def close(self) -> None:
+        """The worker goes down: end threads, withdraw the metrics."""
+        self._by_config.pop(id(self.vllm_config.compilation_config), None)
+        if self._tiers is not None:
+            self._tiers.close()
+
+    def _rows(self, common: CommonAttentionMetadata) -> list[tuple[str, int]]:
+        """(request id, tokens) in the order of the batch."""
+        lengths = common.query_start_loc_cpu.diff().tolist()
+        names = self._row_names(common)
+        if self.config.check != "off":
+            self._check(common, names)
+        return list(zip(names, lengths, strict=False))
+
+    def _row_names(self, common: CommonAttentionMetadata) -> list[str]:
+        """Request ids in the order of the batch; both model runners keep one, in different places."""
+        if common.req_idx is not None:
+            names = self._runner.req_states.index_to_req_id
+            return [names[int(i)] for i in common.req_idx]
+        return list(self._runner.input_batch.req_ids)[: common.num_reqs]
+
+    def _check(self, common: CommonAttentionMetadata, names: list[str]) -> None:
+        assert self._tiers is not None
+        lengths = common.seq_lens.tolist()
+        tables = common.block_table_tensor.cpu().numpy()
+        for i, name in enumerate(names):
+            self._tiers.mirror.check(name, tables[i], lengths[i])
+
+
+class DenseRuntime(Runtime):
+    """Owns the engine of a worker whose model has dense attention."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        super().__init__(vllm_config)
+        self.engine: HostEngine | DeviceEngine | None = None
+        self.host_blocks = 0
+        self._layers: dict[str, int] = {}
+
+    @property
+    def _tiers(self) -> TieredEngine[Any, Any] | None:
+        return self.engine
 
     def allocate_pool(self, impl: Any) -> None:
         """Allocate the device pool when the first layer's weights are ready: all layers exist by then."""
@@ -127,25 +194,13 @@ class Runtime:
         )
         return min(available, self.host_blocks * per_block)
 
-    def attach(self) -> None:
+    def attach(self, kv_cache_config: Any) -> None:
         """Allocate the host store; vLLM has just made its blocks."""
         if self.engine is None:
             return
         context = self.vllm_config.compilation_config.static_forward_context
         cells = [context[name].kv_cache.view(torch.uint8) for name in self._layers]
         self.engine.attach(cells[0].shape[0], cells)
-
-    # -- steps ------------------------------------------------------------------------------------------------------
-
-    def open_step(self, runner: Any, scheduler_output: Any) -> None:
-        if self.engine is not None:
-            self._runner = runner
-            self.engine.open_step(step_update(scheduler_output))
-
-    def close_step(self) -> None:
-        if self.engine is not None:
-            self._runner = None
-            self.engine.close_step()
 
     def plan_capture(self, num_rows: int) -> DevicePlan | None:
         """A plan to capture a CUDA graph with; None while vLLM only measures what capturing takes."""
@@ -157,42 +212,18 @@ class Runtime:
         """Plan the open step; None when there is none (dummy and capture runs)."""
         if self.engine is None or self._runner is None:
             return None
-        lengths = common.query_start_loc_cpu.diff().tolist()
-        names = self._row_names(common)
-        if self.config.check != "off":
-            self._check(common, names)
-        rows = list(zip(names, lengths, strict=False))
+        rows = self._rows(common)
         if isinstance(self.engine, DeviceEngine):
             # One token each: a full CUDA graph may run the step, with as many rows as it was captured for.
             padded = common.num_reqs if common.max_query_len == 1 else 0
             return self.engine.plan(rows, common.block_table_tensor, padded)
         return self.engine.plan(rows)
 
-    def _row_names(self, common: CommonAttentionMetadata) -> list[str]:
-        """Request ids in the order of the batch; both model runners keep one, in different places."""
-        if common.req_idx is not None:
-            names = self._runner.req_states.index_to_req_id
-            return [names[int(i)] for i in common.req_idx]
-        return list(self._runner.input_batch.req_ids)[: common.num_reqs]
-
-    def _check(self, common: CommonAttentionMetadata, names: list[str]) -> None:
-        assert self.engine is not None
-        lengths = common.seq_lens.tolist()
-        tables = common.block_table_tensor.cpu().numpy()
-        for i, name in enumerate(names):
-            self.engine.mirror.check(name, tables[i], lengths[i])
-
     def attend(
         self, layer_name: str, plan: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
     ) -> None:
         assert self.engine is not None
         self.engine.attend(plan, self._layers[layer_name], q, k, v, out)
-
-    def close(self) -> None:
-        """The worker goes down: end threads, withdraw the metrics."""
-        self._by_config.pop(id(self.vllm_config.compilation_config), None)
-        if self.engine is not None:
-            self.engine.close()
 
 
 def prefill(geometry: KVGeometry) -> PrefillAttention:
@@ -237,7 +268,7 @@ def _hook_worker() -> None:
         def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(self, *args, **kwargs)
             if mine := runtime(self):
-                mine.attach()
+                mine.attach(*args, **kwargs)
             return result
 
         return wrapped

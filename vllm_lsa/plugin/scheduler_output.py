@@ -5,17 +5,18 @@ from typing import Any
 from vllm_lsa.residency.requests import NewRequest, RequestUpdate, StepUpdate
 
 
-def step_update(output: Any) -> StepUpdate:
-    """One KV cache group is all that the backend accepts, so block ids are those of group 0."""
+def step_update(output: Any, group: int = 0) -> StepUpdate:
+    """group: the KV cache group whose blocks the host store follows; dense models have one."""
     cached = output.scheduled_cached_reqs
     return StepUpdate(
         finished=list(output.finished_req_ids),
         preempted=list(output.preempted_req_ids or ()),
         new=[
-            NewRequest(r.req_id, r.block_ids[0], r.num_computed_tokens, r.prompt_len) for r in output.scheduled_new_reqs
+            NewRequest(r.req_id, r.block_ids[group], r.num_computed_tokens, r.prompt_len)
+            for r in output.scheduled_new_reqs
         ],
         cached=[
-            RequestUpdate(name, blocks[0] if blocks else [], computed, name in cached.resumed_req_ids)
+            RequestUpdate(name, blocks[group] if blocks else [], computed, name in cached.resumed_req_ids)
             for name, blocks, computed in zip(
                 cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
             )

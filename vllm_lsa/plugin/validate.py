@@ -14,6 +14,7 @@ from vllm_lsa.engine import index_layout, load_trained
 from vllm_lsa.errors import LsaError
 from vllm_lsa.indexer.checkpoint import fingerprint, fingerprint_of
 from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.models.deepseek_v4 import registry as deepseek_v4
 from vllm_lsa.plugin import compat
 from vllm_lsa.plugin import metrics as plugin_metrics
 from vllm_lsa.plugin.backend_name import is_lsa
@@ -66,6 +67,9 @@ def _check_arguments(args: EngineArgs) -> None:
 
 def check(vllm_config: VllmConfig) -> LsaConfig:
     """Refuse models and sizes that cannot work. Raises LsaError; returns the parsed configuration."""
+    if deepseek_v4.is_deepseek_v4(vllm_config):
+        deepseek_v4.register()
+        return deepseek_v4.check(vllm_config)
     config = LsaConfig.parse(vllm_config.additional_config)
     model = vllm_config.model_config
     text = model.hf_text_config

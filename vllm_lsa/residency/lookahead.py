@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from vllm_lsa.config import LsaConfig
-from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.memory.geometry import PageGeometry
 from vllm_lsa.memory.slot_pool import SlotPool
 from vllm_lsa.memory.transfers import Ticket, Transfers
 from vllm_lsa.residency.plan import Row
@@ -71,7 +71,7 @@ class LookaheadScheduler:
     def __init__(
         self,
         config: LsaConfig,
-        geometry: KVGeometry,
+        geometry: PageGeometry,
         pool: SlotPool,
         transfers: Transfers,
         select: Selector,

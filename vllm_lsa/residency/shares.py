@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from vllm_lsa.config import LsaConfig
-from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.memory.geometry import PageGeometry
 from vllm_lsa.residency.requests import Request
 
 
@@ -15,7 +15,7 @@ class Shares:
     def __init__(
         self,
         config: LsaConfig,
-        geometry: KVGeometry,
+        geometry: PageGeometry,
         num_slots: int,
         layer_weights: Sequence[float] | None = None,
         beside: Callable[[np.ndarray], np.ndarray] | None = None,

@@ -1,0 +1,45 @@
+"""Makes a process build DeepSeek-V4 with the layers of `hooks`, and refuses at start-up what LSA cannot do with it."""
+
+from vllm.config import VllmConfig
+from vllm.model_executor.models.registry import ModelRegistry
+
+from vllm_lsa.config import LsaConfig
+from vllm_lsa.errors import LsaError
+from vllm_lsa.models.deepseek_v4.settings import TOP_K, for_deepseek_v4
+
+ARCHITECTURE = "DeepseekV4ForCausalLM"
+
+
+def is_deepseek_v4(vllm_config: VllmConfig) -> bool:
+    return bool(vllm_config.model_config.hf_config.model_type == "deepseek_v4")
+
+
+def register() -> None:
+    """Replace vLLM's model class by name, so that nothing of V4 is imported before a V4 model is built."""
+    ModelRegistry.register_model(ARCHITECTURE, f"vllm_lsa.models.deepseek_v4.hooks:{ARCHITECTURE}")
+
+
+def check(vllm_config: VllmConfig) -> LsaConfig:
+    """Refuse what cannot work. Raises LsaError; returns the parsed configuration."""
+    config = for_deepseek_v4(LsaConfig.parse(vllm_config.additional_config))
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if vllm_config.device_config.device_type != "cpu":
+        raise LsaError(
+            "DeepSeek-V4 with LSA runs on CPU only so far: serve it with another --attention-backend on "
+            f"{vllm_config.device_config.device_type}"
+        )
+    refusals = {
+        f"architectures {model.architectures} are": list(model.architectures) != [ARCHITECTURE],
+        f"index_topk={getattr(model.hf_config, 'index_topk', None)} (other than {TOP_K}) is": getattr(
+            model.hf_config, "index_topk", None
+        )
+        != TOP_K,
+        "tensor and pipeline parallelism are": parallel.world_size > 1,
+        "speculative decoding (MTP) is": vllm_config.speculative_config is not None,
+        "KV connectors are": vllm_config.kv_transfer_config is not None,
+        "a model without c4 layers is": 4 not in getattr(model.hf_config, "compress_ratios", ()),
+    }
+    for what, present in refusals.items():
+        if present:
+            raise LsaError(f"DeepSeek-V4 with LSA: {what} not supported yet: use another --attention-backend")
+    return config

@@ -1,0 +1,110 @@
+"""The engine of a worker that serves DeepSeek-V4: made when vLLM has its blocks, since only then sizes are known."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_lsa.config import GIB
+from vllm_lsa.errors import LsaError
+from vllm_lsa.metrics import MetricsWriter
+from vllm_lsa.models.deepseek_v4.engine import DeepseekV4Engine, EntryPlan
+from vllm_lsa.models.deepseek_v4.geometry import EntryGeometry
+from vllm_lsa.models.deepseek_v4.settings import for_deepseek_v4
+from vllm_lsa.models.deepseek_v4.specs import C4_TOKENS, PAGE_ENTRIES
+from vllm_lsa.plugin import metrics as plugin_metrics
+from vllm_lsa.plugin.runtime import Runtime
+from vllm_lsa.tiers import TieredEngine
+
+logger = init_logger("vllm.lsa")
+
+
+class DeepseekV4Runtime(Runtime):
+    """Owns the V4 engine of one vLLM worker and translates between the two."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        super().__init__(vllm_config)
+        self.engine: DeepseekV4Engine | None = None
+        self.config = for_deepseek_v4(self.config)
+        # The c4 layers, in order: attention modules that register themselves.
+        self._attentions: list[Any] = []
+        self._planned: EntryPlan | None = None
+
+    @property
+    def _tiers(self) -> TieredEngine[Any, Any] | None:
+        return self.engine
+
+    def add_layer(self, attention: Any) -> int:
+        """Number of a c4 layer, counted from 0."""
+        self._attentions.append(attention)
+        return len(self._attentions) - 1
+
+    def attach(self, kv_cache_config: Any) -> None:
+        """Make the engine: the host store has as many blocks as vLLM has made."""
+        layers = self._attentions
+        keys = [attention.indexer.k_cache for attention in layers]
+        self.group = _group_of([cache.prefix for cache in keys], kv_cache_config.kv_cache_groups)
+        geometry = EntryGeometry(
+            num_layers=len(layers),
+            num_page_bytes=layers[0].c4_page_bytes,
+            entries=PAGE_ENTRIES,
+            entry_tokens=C4_TOKENS,
+            index_bytes=keys[0].kv_cache[0].numel(),
+        )
+        blocks = kv_cache_config.num_blocks
+        self._require_memory(blocks * geometry.block_bytes)
+        slots = self.config.pool_slots(geometry, blocks)
+        name = f"{self.vllm_config.parallel_config.rank}-{self.vllm_config.instance_id}"
+        rows = self.vllm_config.scheduler_config.max_num_seqs
+        writer = MetricsWriter(plugin_metrics.directory(), name)
+        self.engine = DeepseekV4Engine(self.config, geometry, slots, rows, writer)
+        self.engine.attach(blocks, [cache.kv_cache for cache in keys])
+        for layer, attention in enumerate(layers):
+            # [blocks, entries, bytes], as the compressor writes it.
+            attention.kv_cache = self.engine.layer_pages(layer).unflatten(1, (geometry.entries, -1))
+        logger.info(
+            "LSA: DeepSeek-V4, %d c4 layers, host store %d blocks (%.2f GiB), device pool %d slots (%.2f GiB), "
+            "budget %g, indexer %s",
+            len(layers),
+            blocks,
+            blocks * geometry.block_bytes / GIB,
+            slots,
+            slots * geometry.page_bytes / GIB,
+            self.config.budget,
+            self.config.indexer,
+        )
+
+    def _require_memory(self, need: int) -> None:
+        limit, named = psutil.virtual_memory().available / GIB, "GiB of host memory that are free"
+        if self.config.host_memory_gib is not None and self.config.host_memory_gib < limit:
+            limit, named = self.config.host_memory_gib, "GiB of lsa.host_memory_gib"
+        if need / GIB > limit:
+            raise LsaError(
+                f"the KV cache blocks that vLLM has made need {need / GIB:.2f} GiB of host store, more than the "
+                f"{limit:.2f} {named}: lower --kv-cache-memory-bytes (or VLLM_CPU_KVCACHE_SPACE), or raise the limit"
+            )
+
+    def open_step(self, runner: Any, scheduler_output: Any) -> None:
+        self._planned = None
+        super().open_step(runner, scheduler_output)
+
+    def plan_entries(self, common: CommonAttentionMetadata) -> EntryPlan | None:
+        """The plan of the open step, made once however many builders ask; None when there is none (dummy runs)."""
+        if self.engine is None or self._runner is None:
+            return None
+        if self._planned is None:
+            self._planned = self.engine.plan(self._rows(common))
+        return self._planned
+
+
+def _group_of(names: Sequence[str], groups: Sequence[Any]) -> int:
+    """The KV cache group of all these layers. Raises LsaError if there is none, or several."""
+    found = [number for number, group in enumerate(groups) if set(names) & set(group.layer_names)]
+    if len(found) != 1 or not set(names) <= set(groups[found[0]].layer_names):
+        raise LsaError(
+            "vLLM gave the index keys of DeepSeek-V4 no common block table, which --attention-backend LSA needs: "
+            "use another backend"
+        )
+    return found[0]

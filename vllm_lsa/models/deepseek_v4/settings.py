@@ -1,0 +1,62 @@
+"""What the settings of `LsaConfig` mean for DeepSeek-V4, and which have no meaning there."""
+
+from typing import Any
+
+from vllm_lsa.config import LsaConfig
+from vllm_lsa.errors import LsaError
+
+PAGE_TOKENS = 256
+TOP_K = 512
+"""Entries that the native indexer picks: the least that has to be resident."""
+TOP_K_TOKENS = 4 * TOP_K
+INDEXERS = ("native", "recency", "random", "keep_all")
+"""Training-free policies for c4 pages. native: the model's own indexer, asked with the last query of each layer."""
+
+_DEFAULTS: dict[str, Any] = {
+    "indexer": "native",
+    "sets": "shared",
+    "demand": "off",
+    "chunk_tokens": PAGE_TOKENS,
+    "sink_tokens": PAGE_TOKENS,
+    # What the native top-k must be able to choose from in any case.
+    "recency_tokens": TOP_K_TOKENS,
+}
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "indexer": INDEXERS,
+    "sets": ("shared",),
+    "demand": ("off",),
+    "lookahead": ("indexer",),
+    "chunk_tokens": (PAGE_TOKENS,),
+}
+_WITHOUT_MEANING = ("demand_chunks", "demand_threshold")
+
+
+def for_deepseek_v4(config: LsaConfig) -> LsaConfig:
+    """The configuration with V4's values for what was not set.
+
+    Raises LsaError, in one line, for a setting that V4 cannot follow.
+    """
+    given = config.model_fields_set
+    config = config.model_copy(update={name: value for name, value in _DEFAULTS.items() if name not in given})
+    for name, allowed in _ONLY.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            raise LsaError(
+                f"lsa.{name}={value!r} does not work with DeepSeek-V4: use "
+                f"{' or '.join(repr(choice) for choice in allowed)}"
+            )
+    for name in _WITHOUT_MEANING:
+        if name in given:
+            raise LsaError(f"lsa.{name}={getattr(config, name)!r} has no meaning with DeepSeek-V4: leave it out")
+    for name in ("sink_tokens", "recency_tokens"):
+        if getattr(config, name) % PAGE_TOKENS:
+            raise LsaError(
+                f"lsa.{name}={getattr(config, name)} is not a multiple of {PAGE_TOKENS}, the tokens of a page of "
+                "DeepSeek-V4: round it up"
+            )
+    if config.sink_tokens + config.recency_tokens < TOP_K_TOKENS:
+        raise LsaError(
+            f"lsa.sink_tokens={config.sink_tokens} + lsa.recency_tokens={config.recency_tokens} may keep less than the "
+            f"{TOP_K} entries that DeepSeek-V4's own indexer picks: raise them to {TOP_K_TOKENS} tokens together"
+        )
+    return config
