@@ -62,6 +62,9 @@ def measure(args: argparse.Namespace, name: str, bandwidth: float) -> dict[str, 
     with Server(model, backend, log, most, dtype="bfloat16", lsa=lsa, arguments=arguments) as server:
         startup = time.perf_counter() - start
         result = bench(args, server, model, args.logs / f"serve-{name}.json")
+    if result["completed"] < args.num_prompts:
+        why = "; ".join(sorted(set(filter(None, result.get("errors", [])))))
+        sys.exit(f"{name}: {args.num_prompts - result['completed']} requests failed ({why}); the server's log is {log}")
     holds = re.findall(r"Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x", log.read_text(errors="replace"))
     between = [gap for gaps in result["itls"] for gap in gaps if gap > 0]
     gap = engines.median(between)

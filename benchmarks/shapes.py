@@ -108,11 +108,12 @@ class Shape:
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
-        words = {"<s>": 0, "</s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(FIRST_WORD, self.vocab)}}
-        model = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        # vLLM bounds a prompt's characters by its longest token, and each word here has a space before it.
+        words = {"<s>": 0, "</s>": 1, "<unknown>": 2, **{f"w{i}": i for i in range(FIRST_WORD, self.vocab)}}
+        model = Tokenizer(models.WordLevel(words, unk_token="<unknown>"))
         model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         PreTrainedTokenizerFast(
-            tokenizer_object=model, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+            tokenizer_object=model, bos_token="<s>", eos_token="</s>", unk_token="<unknown>",
             model_max_length=self.max_positions, clean_up_tokenization_spaces=False,
         ).save_pretrained(folder)  # fmt: skip
 
