@@ -36,6 +36,7 @@ from vllm.config import (  # noqa: E402
 from vllm.models.deepseek_v4.attention import DeepseekV4Attention, DeepseekV4IndexerCache  # noqa: E402
 from vllm.models.deepseek_v4.compressor import CompressorStateCache  # noqa: E402
 from vllm.sampling_params import SamplingParams  # noqa: E402
+from vllm.utils.hashing import sha256  # noqa: E402
 from vllm.v1 import kv_cache_spec_registry  # noqa: E402
 from vllm.v1.attention.backends.mla.sparse_swa import DeepseekV4SWACache  # noqa: E402
 from vllm.v1.core import kv_cache_utils  # noqa: E402
@@ -216,6 +217,27 @@ def test_requests(config: VllmConfig, stock: Specs, form: str) -> None:
             assert decoding == blocks
             assert round((peak - blocks) * width(made) / MIB, 1) == reading
     assert form != "lsa" or size <= 867  # the memory table's promise
+
+
+@pytest.mark.parametrize("form", ["stock", "lsa"])
+def test_prefix_cache(config: VllmConfig, stock: Specs, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that was read before is found as far as in stock vLLM, up to its last whole block."""
+    monkeypatch.setattr(config.cache_config, "enable_prefix_caching", True)
+    kv_cache_utils.init_none_hash(sha256)
+    scheduler = kv_cache_utils.generate_scheduler_kv_cache_config([plan(config, specs_of(form, stock))])
+    block, unit = kv_cache_utils.resolve_kv_cache_block_sizes(scheduler, config)
+    assert (block, unit) == (256, 4)
+    manager = KVCacheManager(scheduler, M1, block, unit, max_in_flight_tokens=CHUNK)
+    hasher = kv_cache_utils.get_request_block_hasher(unit, sha256)
+    for tokens in (255, 4000, 5096):
+        first, second = (
+            Request(name, list(range(tokens)), SamplingParams(max_tokens=8), None, block_hasher=hasher)
+            for name in ("one", "two")
+        )
+        assert manager.allocate_slots(first, tokens) is not None
+        first.num_computed_tokens = tokens
+        manager.free(first)
+        assert manager.get_computed_blocks(second)[1] == (tokens - 1) // 256 * 256
 
 
 def test_kinds(stock: Specs) -> None:

@@ -267,7 +267,11 @@ def test_parts_of_the_past_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rope_is_the_models() -> None:
-    """The scorer turns queries as vLLM's V4 turns keys, to what fp32 angles are good for."""
+    """Queries turn as fast as vLLM's V4 turns keys.
+
+    vLLM multiplies position and speed in fp32, which is off by 0.024 radians at a million tokens (computed, as is what
+    follows): logits of random queries and keys that deviate by 1.9 change by up to 0.04.
+    """
     rope = pytest.importorskip("vllm.model_executor.layers.rotary_embedding.common")
     from vllm_lsa.indexer.published import inverse_frequencies as published
 
