@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.engines import lsa_engine
 from benchmarks.report import RESULTS, machine, read_bandwidth, write_csv
 
 CONFIGURATIONS: dict[str, dict[str, Any] | None] = {
@@ -95,11 +96,7 @@ def token_bytes(llm: Any) -> int:
 
 def resident_share() -> float:
     """(resident + index) ÷ total of the live requests; 1.0 for the stock backend and with everything resident."""
-    from vllm_lsa.plugin.runtime import Runtime
-
-    if not Runtime._by_config:
-        return 1.0
-    engine = Runtime.latest().engine
+    engine = lsa_engine()
     total, resident, index = engine.footprint() if engine else (0, 0, 0)
     return min(1.0, (resident + index) / total) if total else 1.0
 

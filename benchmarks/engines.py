@@ -179,9 +179,13 @@ class Requests:
 
 def lsa_engine() -> Any:
     """The LSA engine in this process, None for the stock backend."""
-    from vllm_lsa.plugin.runtime import Runtime
+    from vllm_lsa.plugin.runtime import DenseRuntime, Runtime
 
-    return Runtime.latest().engine if Runtime._by_config else None
+    if not Runtime._by_config:
+        return None
+    runtime = Runtime.latest()
+    assert isinstance(runtime, DenseRuntime)  # the shapes here are of such models
+    return runtime.engine
 
 
 def skip_prompt_attention() -> None:
