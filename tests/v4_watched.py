@@ -21,7 +21,7 @@ from vllm.models.deepseek_v4.cpu.cpu_sparse import DeepseekV4CPUAttention
 
 from tests.v4.attention import TOP_K
 from tests.v4.pages import DATA_BYTES, SCALE_BYTES, Pages
-from vllm_lsa.models.deepseek_v4.native import index_logits
+from vllm_lsa.models.deepseek_v4.scorer import paged_logits
 from vllm_lsa.plugin.runtime import Runtime
 from vllm_lsa.residency.requests import StepUpdate
 
@@ -74,8 +74,8 @@ class Watch:
         engine, layer = attention._engine, attention._layer
         count, place = int(plan.entries[row]), int(plan.last_row[row])
         blocks = plan.table[row][: -(-count // engine.geometry.entries)].long()
-        queries, weights = engine.queries._queries[place, layer], engine.queries._weights[place, layer]
-        logits = index_logits(queries, weights, engine._keys[layer], blocks)[:count]
+        query, weights = engine.queries.queries[place, layer][None], engine.queries.weights[place, layer][None]
+        logits = paged_logits(query, weights, engine._keys[layer], blocks[None], torch.tensor([count]), count)[0]
         others = torch.ones(count, dtype=torch.bool)
         others[chosen] = False
         assert logits[chosen].min() >= logits[others].max() - 1e-3 * logits.abs().max()

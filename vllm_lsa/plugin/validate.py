@@ -68,8 +68,9 @@ def _check_arguments(args: EngineArgs) -> None:
 def check(vllm_config: VllmConfig) -> LsaConfig:
     """Refuse models and sizes that cannot work. Raises LsaError; returns the parsed configuration."""
     if deepseek_v4.is_deepseek_v4(vllm_config):
+        config = deepseek_v4.check(vllm_config)
         deepseek_v4.register()
-        return deepseek_v4.check(vllm_config)
+        return config
     config = LsaConfig.parse(vllm_config.additional_config)
     model = vllm_config.model_config
     text = model.hf_text_config

@@ -1,9 +1,10 @@
 """LSA of DeepSeek-V4 on a CPU, without vLLM: which c4 pages are resident, and from where attention reads them.
 
-A request's resident set is one for all c4 layers, as in the paper: the indexer's votes of the layers are combined
-(`mode`), so a page is in the pool in every c4 layer or in none. The native indexer scores only what is resident: it is
-given the table of resident blocks in place of the request's, so its top-k cannot leave the set, and what it returns are
-positions in that table, which the slots of the same table turn into pages of the pool.
+A request's resident set is one for all c4 layers, as in the paper: the layers' votes are combined (`mode`) and pages
+are chosen by their best entry (`selection`), so a page is in the pool in every c4 layer or in none. The native indexer
+scores only what is resident: it is given the table of resident blocks in place of the request's, so its top-k cannot
+leave the set, and what it returns are positions in that table, which the slots of the same table turn into pages of the
+pool.
 """
 
 from collections.abc import Sequence
@@ -18,12 +19,12 @@ from vllm_lsa.memory.transfers import Transfers
 from vllm_lsa.metrics import MetricsWriter
 from vllm_lsa.models.deepseek_v4.geometry import EntryGeometry
 from vllm_lsa.models.deepseek_v4.native import LastQueries
+from vllm_lsa.models.deepseek_v4.selection import least_budget, page_count, resident_entries, select_pages
 from vllm_lsa.residency.lookahead import LookaheadScheduler
 from vllm_lsa.residency.plan import Row
 from vllm_lsa.residency.policies import make_policy
 from vllm_lsa.residency.policies.base import ScoreInput
 from vllm_lsa.residency.requests import Request
-from vllm_lsa.residency.selection import select
 from vllm_lsa.residency.usage import Usage
 from vllm_lsa.tiers import TieredEngine
 
@@ -207,36 +208,43 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
     def _select(
         self, request: Request, row: int, num_chunks: int, budget_chunks: np.ndarray, cycle: int, usage: Usage | None
     ) -> np.ndarray:
-        config, layers = self.config, self.geometry.num_layers
-        if self._policy is None:
-            blocks = torch.from_numpy(request.blocks[:num_chunks].astype(np.int64))
-            scores = self.queries.page_shares(row, self._keys, blocks)
-        else:
-            scores = self._policy.score(
-                ScoreInput(
-                    query=None,
-                    cells=None,
-                    usage=None,
-                    num_chunks=num_chunks,
-                    num_layers=layers,
-                    layer_lanes=1,
-                    position=request.num_computed,
-                    scale=1.0,
-                    mode=config.mode,
-                    request_seed=request.seed,
-                    cycle=cycle,
-                    device=self._device,
-                )
-            )
-        return select(
-            scores,
-            budget_chunks=torch.from_numpy(budget_chunks),
+        config, g = self.config, self.geometry
+        entries = g.num_entries(request.num_computed)
+        scores = self._scores(request, row, entries, cycle)
+        # The budget is that of full pages; `select_pages` counts the newest as well, which it keeps in any case.
+        recency, sink = g.num_entries(config.recency_tokens), g.num_entries(config.sink_tokens)
+        budget = max(int(budget_chunks[0]) + page_count(entries) - num_chunks, least_budget(recency, sink))
+        pages = select_pages(
+            scores.amax(0) if config.mode == "or" else scores.mean(0),
+            budget,
             threshold=config.threshold,
-            sink_chunks=config.sink_chunks,
-            recency_chunks=config.recency_chunks,
-            shared=True,
-            mode=config.mode,
-        ).numpy()
+            recency_entries=recency,
+            sink_entries=sink,
+        )
+        return pages[:num_chunks].expand(g.num_layers, num_chunks).numpy()
+
+    def _scores(self, request: Request, row: int, entries: int, cycle: int) -> torch.Tensor:
+        """Scores in [0, 1] of the entries that a request has so far, fp32 [L, entries]."""
+        g = self.geometry
+        if self._policy is None:
+            return self.queries.shares(row, self._keys, torch.from_numpy(request.blocks.astype(np.int64)), entries)
+        of_pages = self._policy.score(
+            ScoreInput(
+                query=None,
+                cells=None,
+                usage=None,
+                num_chunks=page_count(entries),
+                num_layers=g.num_layers,
+                layer_lanes=1,
+                position=request.num_computed,
+                scale=1.0,
+                mode=self.config.mode,
+                request_seed=request.seed,
+                cycle=cycle,
+                device=self._device,
+            )
+        )
+        return resident_entries(of_pages, entries)
 
     # -- what the base class asks for ---------------------------------------------------------------------------------
 
