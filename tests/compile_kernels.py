@@ -68,12 +68,13 @@ def main() -> None:
     from vllm_lsa.device.state import DeviceRefresh, DeviceTails
     from vllm_lsa.memory.geometry import KVGeometry
     from vllm_lsa.ops import encode_rows as encode
+    from vllm_lsa.ops import index_logits as index
     from vllm_lsa.ops import resident_rows as ops
     from vllm_lsa.ops import score_rows as score
     from vllm_lsa.ops.resident_decode import DecodeConfig, DecodeScratch, resident_decode
 
     # What the wrappers do on a GPU, with tensors that are on the CPU.
-    for name in ("encode", "score", "paged_decode"):
+    for name in ("encode", "index_logits", "score", "paged_decode"):
         importlib.import_module(f"vllm_lsa.kernels.{name}").INTERPRETED = True
     for dtype, dim, lanes in ((torch.bfloat16, 128, 8), (torch.float32, 80, 1)):
         g = KVGeometry(2, 32, 8, dim, dtype, 16, 16, lanes)
@@ -112,8 +113,18 @@ def main() -> None:
             config = dataclasses.replace(DecodeConfig.default(g), splits=splits)
             room = DecodeScratch.empty(3, g, 1024, torch.device("cpu"), config)
             resident_decode(q, pool, host, s.rows, s.slot_of, s.sets, 1, g, 0.1, torch.zeros_like(q), room)
+    pages, table = torch.zeros(2, 8640, dtype=torch.uint8)[:, : index.PAGE_BYTES], torch.zeros(3, 2, dtype=torch.int32)
+    for native in (True, False):
+        index.has_e4m3 = lambda device, native=native: native
+        for heads, dtype, fp8 in (
+            (16, torch.float8_e4m3fn, None), (64, torch.float8_e4m3fn, None), (128, torch.float8_e4m3fn, None),
+            (128, torch.float8_e4m3fn, False), (64, torch.bfloat16, None), (128, torch.bfloat16, None),
+            (64, torch.float16, None), (64, torch.float32, None),
+        ):  # fmt: skip
+            query, weights = torch.zeros(3, heads, 128).to(dtype), torch.zeros(3, heads)
+            index.index_logits(query, weights, pages, table, table[:, 0].contiguous(), torch.zeros(3, 100), fp8)
     print("compiled", *sorted(compiled))
-    sys.exit(len(compiled) < 9)
+    sys.exit(len(compiled) < 10)
 
 
 if __name__ == "__main__":

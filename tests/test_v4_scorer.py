@@ -258,7 +258,7 @@ def test_parts_of_the_past_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     for entries in (0, 1, 33, 64, 200):
         got = v4.paged_logits(q, weights, cache, table.long(), lengths.int(), entries)
         assert torch.allclose(got, whole[:, :entries], atol=1e-5)
-    monkeypatch.setattr(v4, "_AT_ONCE", 1)
+    monkeypatch.setattr("vllm_lsa.ops.index_logits._AT_ONCE", 1)
     assert torch.allclose(v4.paged_logits(q, weights, cache, table, lengths, ENTRIES), whole, atol=1e-5)
     flat = torch.zeros(len(cache), 8640, dtype=torch.uint8)
     flat[:, :8448] = v4.index_pages(cache)

@@ -12,23 +12,16 @@ import torch
 
 from vllm_lsa.errors import LsaError
 from vllm_lsa.indexer.memory_indexer import LayerIndexer, MemoryIndexer
-from vllm_lsa.indexer.packed_keys import keys_of_pages
 from vllm_lsa.models.deepseek_v4.specs import C4_TOKENS, PAGE_ENTRIES
-from vllm_lsa.ops.native import require
+from vllm_lsa.ops.index_logits import KEY, PAGE_BYTES, index_logits, index_logits_naive
+from vllm_lsa.ops.native import DTYPES, require
 
 Precision = Literal["fp32", "bf16", "fp8"]
 Mode = Literal["or", "mean"]
 Query = tuple[torch.Tensor, torch.Tensor]
 
-KEY = 128
-PAGE_BYTES = PAGE_ENTRIES * (KEY + 4)
-"""Bytes of a page of index keys: 64 × 128 of e4m3, then 64 scales in fp32. Padding may follow."""
-HEAD_GROUP = 64
-"""Heads that are scored at a time; the sums of the groups add up. DeepGEMM's kernel takes no more."""
 _E4M3_MAX = 448.0
 _SMALLEST = 1e-4
-# Values of q·k that are held at a time, so that memory does not grow with the past.
-_AT_ONCE = 1 << 24
 
 
 def model_layers(c4_layers: Sequence[int], compress_ratios: Sequence[int]) -> dict[int, int]:
@@ -106,25 +99,14 @@ def paged_logits(
         0 <= entries <= block_table.shape[1] * PAGE_ENTRIES,
         f"{entries} entries are not in {block_table.shape[1]} pages of {PAGE_ENTRIES}",
     )
-    pages, lengths = index_pages(cache), lengths.long().unsqueeze(1)
-    groups = list(zip(q.float().split(HEAD_GROUP, 1), weights.float().split(HEAD_GROUP, 1), strict=True))
-    out = torch.full((rows, entries), -torch.inf, device=q.device)
-    step = max(1, _AT_ONCE // max(1, rows * min(HEAD_GROUP, q.shape[1]) * PAGE_ENTRIES))
-    for begin in range(0, -(-entries // PAGE_ENTRIES), step):
-        first = begin * PAGE_ENTRIES
-        blocks = block_table[:, begin : min(begin + step, -(-entries // PAGE_ENTRIES))].long()
-        page_first = first + PAGE_ENTRIES * torch.arange(blocks.shape[1], device=q.device)
-        blocks = blocks.masked_fill(page_first >= lengths, 0)  # no block of this request
-        packed = keys_of_pages(pages[blocks.flatten()])
-        codes = packed[:, :KEY].contiguous().view(torch.float8_e4m3fn).float().unflatten(0, (rows, -1))
-        scales = packed[:, KEY:].contiguous().view(torch.float32).view(rows, -1)
-        total = torch.zeros_like(scales)
-        for part, w in groups:
-            total += (w.unsqueeze(1) @ (part @ codes.transpose(1, 2)).relu()).squeeze(1)
-        total *= scales  # positive, so that it may come after relu, as in DeepGEMM's kernel
-        here = torch.arange(first, first + total.shape[1], device=q.device)
-        total = total.masked_fill(here >= lengths, -torch.inf)
-        out[:, first : first + total.shape[1]] = total[:, : entries - first]
+    out = torch.empty(rows, entries, device=q.device)
+    pages, weights = index_pages(cache), weights.float()
+    if q.is_cuda and (q.dtype in DTYPES or q.dtype == torch.float8_e4m3fn):
+        index_logits(
+            q.contiguous(), weights.contiguous(), pages, block_table.contiguous(), lengths.int().contiguous(), out
+        )
+    else:
+        index_logits_naive(q, weights, pages, block_table, lengths, out)
     return out
 
 

@@ -1,0 +1,102 @@
+"""Logits of DeepSeek-V4's paged index keys, e4m3 with a scale for each entry.
+
+Launched by `vllm_lsa.ops.index_logits`, which explains the operands. Lengths are read on the device, and the grid
+follows from shapes alone.
+"""
+
+import torch
+
+import triton
+import triton.language as tl
+
+_TILE = 64  # entries of a program
+
+
+@triton.jit
+def _values(codes):
+    """fp32 of e4m3 bytes, by their bits, for those that know no e4m3: exact, denormal numbers too; not for NaN."""
+    bits = codes.to(tl.int32)
+    magnitude = ((bits & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^(127 - 7)
+    return tl.where(bits >= 128, -magnitude, magnitude)
+
+
+@triton.jit(do_not_specialize=["entries", "row_weights", "row_blocks", "row_out"])
+def _index_logits(
+    q, weights, pages, block_table, lengths, out,
+    q_row, q_head, row_weights, page_bytes, row_blocks, row_out, entries,
+    H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, PER_PAGE: tl.constexpr, TILE: tl.constexpr,
+    E4M3: tl.constexpr, NATIVE: tl.constexpr, FP8: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of TILE entries, rows). HEADS at a time are multiplied, H in all.
+
+    E4M3: q is e4m3, as bytes. NATIVE: the device converts e4m3. FP8: it multiplies it as well; else keys are widened to
+    q's dtype, or to bf16. WIDEN: to fp32, for Triton's interpreter, which multiplies no bf16 matrices.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    length = tl.minimum(tl.load(lengths + row).to(tl.int32), entries)
+    here = n < length
+    logits = tl.full((TILE,), float("-inf"), tl.float32)
+    if tl.program_id(0) * TILE < length:
+        d = tl.arange(0, D)
+        block = tl.load(block_table + row * row_blocks + n // PER_PAGE, mask=here, other=0).to(tl.int64)
+        page = pages + block * page_bytes
+        at = page[:, None] + (n % PER_PAGE)[:, None] * D + d[None, :]
+        if NATIVE:
+            at = at.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
+            keys = tl.load(at, mask=here[:, None], other=0.0)
+        else:
+            keys = _values(tl.load(at, mask=here[:, None], other=0))
+        scales = (page + PER_PAGE * D).to(tl.pointer_type(tl.float32), bitcast=True) + n % PER_PAGE
+        scale = tl.load(scales, mask=here, other=0.0)
+        if not FP8:
+            if WIDEN:
+                keys = keys.to(tl.float32)
+            elif E4M3:
+                keys = keys.to(tl.bfloat16)  # exact, as each product is
+            else:
+                keys = keys.to(q.dtype.element_ty)
+        total = tl.zeros((TILE,), tl.float32)
+        for first in range(0, H, HEADS):
+            h = first + tl.arange(0, HEADS)
+            w = tl.load(weights + row * row_weights + h, mask=h < H, other=0.0)
+            from_q = q + row * q_row + h[:, None] * q_head + d[None, :]
+            if E4M3:
+                if NATIVE:
+                    from_q = from_q.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
+                    query = tl.load(from_q, mask=h[:, None] < H, other=0.0)
+                else:
+                    query = _values(tl.load(from_q, mask=h[:, None] < H, other=0))
+            else:
+                query = tl.load(from_q, mask=h[:, None] < H, other=0.0)
+            if not FP8:
+                query = query.to(keys.dtype)
+            x = tl.dot(keys, tl.trans(query), input_precision="ieee")
+            total += tl.sum(tl.maximum(x, 0.0) * w[None, :], 1)
+        logits = tl.where(here, total * scale, logits)  # positive, so that it may come after the maximum
+    tl.store(out + row * row_out + n, logits, mask=n < entries)
+
+
+INTERPRETED = not isinstance(_index_logits, triton.JITFunction)
+"""Whether the kernel runs in Triton's interpreter, on CPU tensors."""
+
+
+def index_logits(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    lengths: torch.Tensor,
+    out: torch.Tensor,
+    per_page: int,
+    native: bool,
+    fp8: bool,
+) -> None:
+    """Launch. native, fp8: see the kernel."""
+    (rows, heads, dim), entries, e4m3 = q.shape, out.shape[1], q.dtype == torch.float8_e4m3fn
+    _index_logits[(triton.cdiv(entries, _TILE), rows)](
+        q.view(torch.uint8) if e4m3 else q, weights, pages, block_table, lengths, out,
+        q.stride(0), q.stride(1), weights.stride(0), pages.stride(0), block_table.stride(0), out.stride(0), entries,
+        H=heads, HEADS=min(64, max(16, triton.next_power_of_2(heads))), D=dim, PER_PAGE=per_page, TILE=_TILE,
+        E4M3=e4m3, NATIVE=native, FP8=fp8, WIDEN=INTERPRETED,
+    )  # fmt: skip
