@@ -53,7 +53,8 @@ class LsaConfig(BaseModel):
         "mean_key",
         description="What scores the chunks of a request: mean_key, quest, usage, recency, random or keep_all; or a "
         "trained checkpoint, by its folder or the name of a shipped one, which also changes the defaults of "
-        "chunk_tokens, recency_tokens and demand, and of sets and mode, to those that it was trained for.",
+        "chunk_tokens, recency_tokens and demand, and of sets and mode, to those that it was trained for. DeepSeek-V4: "
+        "native (its own indexer; the default there), recency, random or keep_all.",
     )
     lookahead: Literal["indexer", "usage", "recency"] = Field(
         "indexer",
