@@ -10,7 +10,7 @@ from vllm_lsa.engine import LsaEngine
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.memory.transfers import Transfers
 from vllm_lsa.residency.lookahead import LookaheadScheduler
-from vllm_lsa.residency.plan import Row, StepPlan
+from vllm_lsa.residency.plan import StepPlan
 from vllm_lsa.residency.planner import plan_step
 from vllm_lsa.residency.replacement import Replacement
 from vllm_lsa.residency.requests import Request
@@ -68,10 +68,7 @@ class HostEngine(LsaEngine[StepPlan]):
 
     def plan(self, rows: Sequence[tuple[str, int]]) -> StepPlan:
         assert self.store is not None
-        start, placed = 0, []
-        for name, length in rows:
-            placed.append(Row(self.mirror.requests[name], start, length))
-            start += length
+        placed = self._placed(rows)
         self.lookahead.prepare(placed)
         return plan_step(placed, self.lookahead, self.geometry, self.store, self.pool, self.config.demand_chunks)
 

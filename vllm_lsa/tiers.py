@@ -13,6 +13,7 @@ from vllm_lsa.memory.host_store import HostStore
 from vllm_lsa.memory.slot_pool import SlotPool
 from vllm_lsa.metrics import PER_GROUP, MetricsWriter
 from vllm_lsa.residency.peers import Peers
+from vllm_lsa.residency.plan import Row
 from vllm_lsa.residency.requests import Request, RequestMirror, StepUpdate
 
 P = TypeVar("P")
@@ -97,6 +98,14 @@ class TieredEngine(ABC, Generic[P, G]):
     @abstractmethod
     def plan(self, rows: Sequence[tuple[str, int]]) -> P:
         """Decide the resident sets of a step and lay it out. rows: (request id, tokens) in the order of the batch."""
+
+    def _placed(self, rows: Sequence[tuple[str, int]]) -> list[Row]:
+        """Rows of the batch with their requests and where their tokens begin. rows: see `plan`."""
+        start, placed = 0, []
+        for name, length in rows:
+            placed.append(Row(self.mirror.requests[name], start, length))
+            start += length
+        return placed
 
     def footprint(self) -> tuple[int, int, int]:
         """Bytes of live requests in whole chunks: all pages, those in resident sets, and the index beside them."""

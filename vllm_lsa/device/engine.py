@@ -167,10 +167,7 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         """block_table: int32 [rows, >= blocks] on the device, the engine's own; by default made from the mirror's.
         padded: decode rows of the CUDA graph that is to run the step, or 0."""
         assert self.store is not None
-        start, placed = 0, []
-        for name, length in rows:
-            placed.append(Row(self.mirror.requests[name], start, length))
-            start += length
+        placed = self._placed(rows)
         self._await_copies()
         selections = self.control.prepare(placed)
         pages, slots = self.pool.changes()
@@ -189,7 +186,7 @@ class DeviceEngine(LsaEngine[DevicePlan]):
             self._renew(selection)
         self._continue_refresh([placed[i].request for i in decodes])
         if prefills:
-            step.prefill = self._plan_prefill(prefills, start)
+            step.prefill = self._plan_prefill(prefills, sum(row.length for row in placed))
             self._history.begin([h for h in step.prefill.histories if h.tokens])
         return step
 

@@ -103,10 +103,7 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
 
     def plan(self, rows: Sequence[tuple[str, int]]) -> EntryPlan:
         assert self.store is not None
-        start, placed = 0, []
-        for name, length in rows:
-            placed.append(Row(self.mirror.requests[name], start, length))
-            start += length
+        placed = self._placed(rows)
         self.lookahead.prepare(placed)
         held = [self._held(row) for row in placed]
         width = max((len(blocks) for blocks, _, _ in held), default=0)

@@ -5,7 +5,8 @@ from vllm.model_executor.models.registry import ModelRegistry
 
 from vllm_lsa.config import LsaConfig
 from vllm_lsa.errors import LsaError
-from vllm_lsa.models.deepseek_v4.settings import TOP_K, for_deepseek_v4
+from vllm_lsa.models.deepseek_v4.selection import TOP_K
+from vllm_lsa.models.deepseek_v4.settings import for_deepseek_v4
 
 ARCHITECTURE = "DeepseekV4ForCausalLM"
 

@@ -4,11 +4,11 @@ from typing import Any
 
 from vllm_lsa.config import LsaConfig
 from vllm_lsa.errors import LsaError
+from vllm_lsa.models.deepseek_v4.selection import TOP_K
+from vllm_lsa.models.deepseek_v4.specs import C4_TOKENS, PAGE_ENTRIES
 
-PAGE_TOKENS = 256
-TOP_K = 512
-"""Entries that the native indexer picks: the least that has to be resident."""
-TOP_K_TOKENS = 4 * TOP_K
+PAGE_TOKENS = C4_TOKENS * PAGE_ENTRIES
+TOP_K_TOKENS = C4_TOKENS * TOP_K
 INDEXERS = ("native", "recency", "random", "keep_all")
 """Training-free policies for c4 pages. native: the model's own indexer, asked with the last query of each layer."""
 
