@@ -68,7 +68,7 @@ def _install() -> None:
 
     from tests.v4 import attention, caches, dense, metadata, operators  # noqa: F401 - they collect operators
 
-    operators.define_missing()
+    operators.define()
     if not HAS_TRITON:
         register_kernels(metadata.KERNELS)
     _complete_layer_types()
