@@ -134,11 +134,15 @@ def run(work: Workspace, group: Group) -> dict[str, Any]:
     s = work.settings
     indexer, about = read_trained(work)
     count = len(indexer.layers)
-    fit_layers(work, group, count)
+    if s.v4:
+        if group.leads:
+            log("calibrate: DeepSeek-V4 is served without demand, so thresholds alone and no product tables")
+    else:
+        fit_layers(work, group, count)
     group.barrier()
     if not group.leads:
         return {}
-    tables = gather(work, count)
+    tables = None if s.v4 else gather(work, count)
     device = s.torch_device()
     windows = Windows(work, device)
     names = [f"{budget:g}" for budget in s.budgets]
@@ -149,6 +153,7 @@ def run(work: Workspace, group: Group) -> dict[str, Any]:
         by_budget = {name: [value] for name, value in zip(names, found, strict=True)}
         write_json(path, {"layer_weights": None, "damage": None, "thresholds": by_budget, "budget_shares": {}})
         return {}
+    assert tables is not None
     damage = None
     weights = [1.0] * count
     if s.damage:

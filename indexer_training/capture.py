@@ -113,6 +113,10 @@ class Recorder:
 def run(work: Workspace, group: Group) -> dict[str, Any]:
     """Run the backbone over the windows that are not captured yet."""
     s = work.settings
+    if s.v4:
+        from indexer_training import v4_capture
+
+        return v4_capture.run(work, group)
     mine = list(group.mine(range(s.documents)))
     left = [i for i in mine if not work.shard("capture", i).exists()]
     model_file = work.folder("capture") / "model.safetensors"

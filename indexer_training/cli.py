@@ -47,7 +47,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name in Settings.model_fields}
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """If the process above this one is killed outright, this one must not go on writing."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -64,7 +64,7 @@ def _in_fork(steps: Sequence[str], out: Path, settings: Any) -> int:
     if child == 0:
         code = 1
         try:
-            _die_with_parent()
+            die_with_parent()
             if os.getppid() == parent:
                 code = _steps(steps, out, settings)
         except KeyboardInterrupt:
@@ -112,7 +112,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Any, Any]:
 def run(args: argparse.Namespace) -> int:
     """All steps."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _die_with_parent()
+        die_with_parent()
     settings, lock = _prepare(args)
     import torch  # noqa: F401 - once for all processes
 

@@ -94,7 +94,7 @@ def choose(indexer: MemoryIndexer, windows: "Windows", found: dict[str, list[flo
     s = windows.work.settings
     batches = [windows.batch(window, torch.arange(len(s.starts))) for window in s.validation]
     logits = [logits_of(indexer, indexer.layers, batch) for batch in batches]
-    masses = [batch.mass(0).masked_fill(batch.fixed.unsqueeze(1), 0) for batch in batches]
+    masses = [batch.mass(indexer.layers[0]).masked_fill(batch.fixed.unsqueeze(1), 0) for batch in batches]
     total = max(sum(float(mass.sum()) for mass in masses), 1e-12)
 
     def recall_of(mode: Mode, layers: Sequence[int]) -> float:
@@ -104,8 +104,10 @@ def choose(indexer: MemoryIndexer, windows: "Windows", found: dict[str, list[flo
             caught += float(batch.caught(score, mass, batch.room(s)))
         return caught / total
 
-    ways = {mode: greedy(partial(recall_of, mode), indexer.layers, s.layers, s.min_gain) for mode in MODES}
-    best = max(MODES, key=lambda mode: ways[mode][-1][1])
+    # The published layout has no word for the mode, and the maximum is what it means.
+    modes = MODES[:1] if s.v4 else MODES
+    ways = {mode: greedy(partial(recall_of, mode), indexer.layers, s.layers, s.min_gain) for mode in modes}
+    best = max(modes, key=lambda mode: ways[mode][-1][1])
     recall, gains = found["usage"][0], {}
     for layer, value in ways[best]:
         gains[layer], recall = round(value - recall, 5), value

@@ -103,4 +103,5 @@ def top_share(mass: torch.Tensor, rest: torch.Tensor, p: float) -> torch.Tensor:
     mass = mass.float()
     total = mass.sum(-1, keepdim=True) + rest.float().unsqueeze(-1)
     before = mass.cumsum(-1) - mass
-    return (mass > 0) & (before < p * total)
+    # All of it means all, whatever the sums are rounded to.
+    return (mass > 0) & ((before < p * total) | (p >= 1))

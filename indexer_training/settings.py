@@ -42,11 +42,30 @@ class Settings(BaseModel):
     period: int = _field("capture", "decode steps that a selection is for", 64, ge=1)
     window: int = _field("capture", "tokens after a cycle's end whose attention is learned (default: period)", ge=1)
     first: int = _field("capture", "tokens before the first cycle (default: 512, or a quarter of the context)", ge=1)
-    kept: int = _field("capture", "chunks per cycle and KV head whose attention mass is stored one by one", 192, ge=1)
+    kept: int = _field(
+        "capture",
+        "chunks per cycle and KV head whose attention mass is stored one by one (DeepSeek-V4: 8192)",
+        192,
+        ge=1,
+    )
     usage_decay: float = _field(
         "capture", "share of its usage that a chunk keeps per step; 1 takes the mean over a period", 0.7, gt=0, le=1
     )
     key_sample: int = _field("capture", "keys per layer and KV head that the demand index is fitted to", 24000, ge=256)
+
+    candidates: tuple[int, ...] = _field(
+        "capture",
+        "DeepSeek-V4: layers that may get a scorer, counted among c4 layers from 0 (default: 10 12 20 of the 21 of "
+        "V4-Flash, else all)",
+    )
+    native_top_p: float = _field(
+        "capture",
+        "DeepSeek-V4: share of the softmax over a token's native top-k that its golden entries hold; 1 takes the whole "
+        "top-k (default: 0.6)",
+        gt=0,
+        le=1,
+    )
+    engine: str = _field("", "DeepSeek-V4: further arguments of vllm.LLM for the capture, a JSON object")
 
     form: Literal["per_layer", "shared"] = _field(
         "label",
@@ -67,7 +86,11 @@ class Settings(BaseModel):
     loss: Literal["soft", "bce", "focal"] = _field(
         "train", "soft: cross-entropy with the attention mass; bce, focal: with the positives", "soft"
     )
-    rank: int = _field("train", "width of the query side (default: 4 heads' width, at least 256)", ge=1)
+    rank: int = _field(
+        "train", "width of the query side (default: 4 heads' width, at least 256; DeepSeek-V4: twice the native)", ge=1
+    )
+    heads: int = _field("train", "DeepSeek-V4: scoring heads (default: twice the native indexer's)", ge=1)
+    weight_decay: float = _field("train", "DeepSeek-V4: AdamW's (default: 0.01; other models: none)", ge=0)
     steps: int = _field("train", "optimiser steps (default: 480 on a GPU, else 240)", ge=1)
     cycles: int = _field("train", "cycles per step", 48, ge=1)
     learning_rate: float = _field("train", "the highest one; it falls along a cosine", 1e-3, gt=0)
@@ -118,6 +141,11 @@ class Settings(BaseModel):
         return self.form == "shared"
 
     @property
+    def v4(self) -> bool:
+        """Whether the model is a DeepSeek-V4."""
+        return self.candidates is not None
+
+    @property
     def starts(self) -> range:
         """Tokens at which cycles start: the last query before one is seen, the window from there on is learned."""
         return range(self.first, self.context - self.window + 1, self.period)
@@ -146,7 +174,9 @@ class Settings(BaseModel):
     def hash_of(self, step: str) -> str:
         """Of everything that decides what `step` makes: its own settings and those of the steps before it."""
         steps = STEPS[: STEPS.index(step) + 1]
-        facts = {name: getattr(self, name) for name in type(self).model_fields if step_of(name) in steps}
+        # Settings that a model does not have are None, and no part of it: runs outlive new ones.
+        told = {name: getattr(self, name) for name in type(self).model_fields if step_of(name) in steps}
+        facts = {name: value for name, value in told.items() if value is not None}
         return hashlib.sha256(json.dumps({"layout": LAYOUT, **facts}, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -218,6 +248,7 @@ def resolve(out: Path, given: Mapping[str, Any]) -> Settings:
     for name in ("model", "text"):
         if name not in values:
             raise LsaError(f"--out {out} holds no run yet: give --model and --text as well")
+    _fill_v4(values, given)
     shared = values.get("form") == "shared"
     for name in ("layers", "golden_layers"):
         if name in given and not shared:
@@ -234,11 +265,25 @@ def resolve(out: Path, given: Mapping[str, Any]) -> Settings:
         raise LsaError(name + first["msg"].removeprefix("Value error, ")) from None
 
 
+def _fill_v4(values: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """What is different with a DeepSeek-V4, or the refusal of its settings for another model."""
+    from indexer_training import v4_model
+
+    if v4_model.is_v4(Path(values["model"])):
+        v4_model.fill(values, given, resolve_device(values.get("device", "auto")))
+        return
+    for name in v4_model.ONLY:
+        if name in given:
+            raise LsaError(f"--{name.replace('_', '-')} is of DeepSeek-V4 alone: leave it out")
+
+
 def _fill(values: dict[str, Any]) -> None:
     """Work out, in place, what was not said."""
     from indexer_training.backbone import Shape
+    from indexer_training.v4_model import V4Shape
 
-    shape = Shape.read(Path(values["model"]))
+    kind = Shape if values.get("candidates") is None else V4Shape
+    shape: Shape | V4Shape = kind.read(Path(values["model"]))
     gpu = resolve_device(values.get("device", "auto")) == "cuda"
     fields = {name: field.default for name, field in Settings.model_fields.items() if not field.is_required()}
     for name, value in fields.items():

@@ -8,6 +8,7 @@ are worth it. train/state.pt is there to go on from after a kill.
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from indexer_training import ensemble
+from indexer_training import ensemble, v4_model
 from indexer_training.backbone import Shape
 from indexer_training.distributed import Group
 from indexer_training.label import Union, counts_of, forced_of
 from indexer_training.masses import Masses, dense
 from indexer_training.settings import Settings
-from indexer_training.workspace import Workspace, progress, write_json, write_tensors
+from indexer_training.workspace import Workspace, log, progress, write_json, write_tensors
 from vllm_lsa.indexer import IndexerConfig, MemoryIndexer
 from vllm_lsa.indexer.memory_indexer import LayerIndexer
 from vllm_lsa.indexer.rotary import RopeConfig
@@ -36,8 +37,10 @@ _MASKED = -1e4
 
 
 def untrained(work: Workspace) -> MemoryIndexer:
-    """An indexer with a scorer for each layer of the backbone, its weights random."""
+    """An indexer with a scorer for each layer of the backbone (V4: each candidate), its weights random."""
     s = work.settings
+    if s.v4:
+        return v4_model.untrained(work)
     shape = Shape.read(Path(s.model))
     path = work.folder("capture") / "model.safetensors"
     with safe_open(path, framework="pt") as file:
@@ -99,8 +102,8 @@ def initialise(indexer: MemoryIndexer, work: Workspace) -> None:
 class Batch:
     """Some cycles of one window, on the device. S cycles, N chunks; the tensors with layers have them first.
 
-    query [L, S, F] and keys [L, N, Hkv, D] are fp16; counts [S] chunks of the past; positions [S] of the queries, the
-    middle of the window that is learned; fixed bool [S, N]: not learned.
+    query [L, S, F] and keys [L, N, Hkv, D] are fp16 (V4: of its candidates, see `v4_capture`); counts [S] chunks of the
+    past; positions [S] of the queries, the middle of the window that is learned; fixed bool [S, N]: not learned.
 
     Its methods give every layer's labels [S, G, N] in G sets of scores: those of KV heads, or with `union`, which then
     stands for all of the four fields after keys, one.
@@ -116,10 +119,13 @@ class Batch:
     positions: torch.Tensor
     fixed: torch.Tensor
     union: Union | None = None
+    layers: Sequence[int] | None = None
+    """What query and keys are of; None: of all layers."""
 
     def logits(self, scorer: LayerIndexer, layer: int) -> torch.Tensor:
         """[S, G, N]"""
-        query, keys = self.query[layer], self.keys[layer]
+        place = layer if self.layers is None else self.layers.index(layer)
+        query, keys = self.query[place], self.keys[place]
         if self.union is not None:
             keys = keys.squeeze(1) if keys.shape[1] == 1 else keys
             return scorer(query, keys, self.positions).unsqueeze(1)
@@ -181,8 +187,10 @@ class Windows:
         self.device = device
         self.counts = counts_of(work.settings)
         self.fixed = forced_of(work.settings, self.counts)
-        # The cycle's queries turn as if they stood in the middle of the window that they are to predict.
-        self.positions = torch.tensor(work.settings.starts) + work.settings.window // 2
+        # The cycle's queries turn as if they stood in the middle of the window that they are to predict; the published
+        # scorer's as the native indexer's do.
+        ahead = -1 if work.settings.v4 else work.settings.window // 2
+        self.positions = torch.tensor(work.settings.starts) + ahead
         self._kept: dict[int, dict[str, torch.Tensor]] = {}
 
     def read(self, window: int) -> dict[str, torch.Tensor]:
@@ -190,7 +198,7 @@ class Windows:
             return self._kept[window]
         x = load_file(self.work.shard("capture", window))
         for name in ("query_moment", "key_sum", "key_sample"):
-            del x[name]
+            x.pop(name, None)
         if self.work.settings.shared:
             x = {name: x[name] for name in ("query", "keys")}
         x |= load_file(self.work.shard("label", window))
@@ -209,7 +217,8 @@ class Windows:
             none = torch.empty(0, device=self.device)
             nothing = Masses(none, none, none)
             union = Union(*(x[name][on] for name in Union._fields))
-            return Batch(query, keys, nothing, nothing, none, none, counts, positions, fixed, union)
+            layers = self.work.settings.candidates
+            return Batch(query, keys, nothing, nothing, none, none, counts, positions, fixed, union, layers)
         upcoming, last = (Masses(*(x[f"{kind}_{p}"][:, on] for p in Masses._fields)) for kind in ("next", "last"))
         return Batch(query, keys, upcoming, last, x["positive"][:, on], x["hard"][:, on], counts, positions, fixed)
 
@@ -291,14 +300,16 @@ class Best:
     """
 
     def __init__(self, layers: int) -> None:
+        """layers: how many."""
         self.recall = [-1.0] * layers
         self.weights: dict[str, torch.Tensor] = {}
 
     def note(self, indexer: MemoryIndexer, windows: Windows, settings: Settings) -> None:
         """Measure the indexer as it is now."""
-        for layer, value in enumerate(recall(indexer, windows, settings, ("trained",))["trained"]):
-            if value > self.recall[layer]:
-                self.recall[layer] = value
+        found = recall(indexer, windows, settings, ("trained",))["trained"]
+        for place, (layer, value) in enumerate(zip(indexer.layers, found, strict=True)):
+            if value > self.recall[place]:
+                self.recall[place] = value
                 names = indexer.layer(layer).state_dict(prefix=f"retrievers.l{layer}.")
                 self.weights |= {name: x.detach().clone() for name, x in names.items()}
 
@@ -311,7 +322,9 @@ def train(indexer: MemoryIndexer, work: Workspace, windows: Windows, group: Grou
         if bias is not None:
             bias.requires_grad_(False)  # its gradient is rounding, which the optimiser would blow up
     parameters = [p for p in indexer.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=s.learning_rate, weight_decay=0.0, eps=1e-7, foreach=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=s.learning_rate, weight_decay=s.weight_decay or 0.0, eps=1e-7, foreach=True
+    )
     path = work.folder("train") / "state.pt"
     first, best = 0, Best(len(indexer.layers))
     if path.exists():
@@ -374,7 +387,12 @@ def run(work: Workspace, group: Group) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if not (folder / "indexer.safetensors").exists():
         if not (folder / "state.pt").exists():
-            initialise(indexer, work)
+            if s.v4:
+                begin = v4_model.initialise(indexer, work)
+                if group.leads:
+                    log(f"train: scorers begin with {begin}")
+            else:
+                initialise(indexer, work)
         group.barrier()  # no one looks for the state after it may have been written
         indexer.to(device)
         facts = train(indexer, work, windows, group)

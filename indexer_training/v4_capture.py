@@ -1,0 +1,115 @@
+"""The capture of DeepSeek-V4, by vLLM itself: its own attention, indexer and caches, in a process of its own.
+
+Makes capture/window_*.safetensors as `capture` does, and what is asked of them is the same; a chunk is a c4 entry of 4
+tokens. L c4 layers, C candidates, S cycles, N entries, K entries kept:
+
+    query          bf16 [C, S, F]       the attention module's input at the token before the cycle
+    keys           uint8 [C, N, 132]    index keys as they are cached: 128 e4m3 and an fp32 scale
+    next_chunk, next_mass, next_rest    `Masses` [L, S, 1, ..]: how many of the window's tokens an entry is golden for
+                                        (see `Recorder`), as a share of all; of entries that are whole at the cycle
+    last_chunk, last_mass, last_rest    the same for the period before it
+
+and capture/model.safetensors: inv_freq, float64 [32], and the native indexers' weights l<layer>.wq_a, q_norm, wq_b and
+weights_proj of the candidates, bf16.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from indexer_training.cli import die_with_parent
+from indexer_training.distributed import Group
+from indexer_training.settings import Settings, read_settings
+from indexer_training.workspace import Workspace, progress
+from vllm_lsa.errors import LsaError
+
+_REFUSAL = "refusal.unfinished"  # what the other process was asked to tell
+_ALSO = 64  # tokens that a step takes beside the window
+# What torchrun says is about this process's group, not about vLLM's.
+_LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_", "LOCAL_", "ROLE_", "TORCHELASTIC_")
+
+
+def run(work: Workspace, group: Group) -> dict[str, Any]:
+    """Capture the windows that are not captured yet; the leading process alone, since V4 takes all GPUs anyway."""
+    if not group.leads:
+        return {}
+    folder = work.folder("capture")
+    if left(work) or not (folder / "model.safetensors").exists():
+        environment = {name: x for name, x in os.environ.items() if not name.startswith(_LAUNCHER)}
+        environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # a kill ends the engine as well
+        environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        program = [sys.executable, "-m", "indexer_training.v4_capture", str(work.out)]
+        code = subprocess.run(program, env=environment).returncode
+        refusal = folder / _REFUSAL
+        if code and refusal.exists():
+            raise LsaError(refusal.read_text(encoding="utf-8"))
+        if code:
+            raise LsaError(
+                f"capture: vLLM ended with status {code} on {work.settings.model}; above is why. --engine gives it "
+                "further arguments, such as tensor_parallel_size"
+            )
+    return {"bytes": sum(path.stat().st_size for path in folder.glob("window_*.safetensors"))}
+
+
+def left(work: Workspace) -> list[int]:
+    """Windows that are not captured yet."""
+    return [i for i in range(work.settings.documents) if not work.shard("capture", i).exists()]
+
+
+def engine_arguments(settings: Settings) -> dict[str, Any]:
+    """What `vllm.LLM` is told. Raises LsaError if --engine is no JSON object."""
+    try:
+        given = json.loads(settings.engine or "{}")
+    except ValueError:
+        given = None
+    if not isinstance(given, dict):
+        raise LsaError(f"--engine {settings.engine} is no JSON object: give arguments of vllm.LLM as one")
+    arguments: dict[str, Any] = {
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,  # the hook is Python
+        "enable_prefix_caching": False,  # every token must come by
+        "max_model_len": settings.context + 1,
+        "max_num_seqs": 1,
+        "worker_extension_cls": "indexer_training.v4_recorder.CaptureWorker",
+    }
+    if settings.torch_device() == "cpu":  # vLLM takes V4's prompts in chunks only where the CPU has AMX
+        arguments["max_num_batched_tokens"] = settings.context + _ALSO
+    return {**arguments, **given}
+
+
+def capture(work: Workspace) -> None:
+    """Run vLLM over the windows that are left, in this process."""
+    from safetensors.torch import load_file
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**engine_arguments(work.settings))
+    llm.collective_rpc("lsa_capture_open", args=(str(work.out),))
+    parameters = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+    windows = left(work)
+    done = work.settings.documents - len(windows)
+    for i in progress(windows, "capture", Group("capture", "cpu"), " windows", done):
+        tokens = load_file(work.shard("data", i))["tokens"].tolist()
+        llm.collective_rpc("lsa_capture_begin")
+        llm.generate([{"prompt_token_ids": tokens}], parameters, use_tqdm=False)
+        llm.collective_rpc("lsa_capture_write", args=(i,))
+
+
+def main(out: Path) -> int:
+    """The other process."""
+    die_with_parent()
+    work = Workspace(out, Settings.model_validate(read_settings(out)))
+    try:
+        capture(work)
+    except LsaError as error:
+        (work.folder("capture") / _REFUSAL).write_text(str(error), encoding="utf-8")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
