@@ -71,6 +71,7 @@ def write_joint(indexer: MemoryIndexer, folder: Path) -> None:
         return
     state = indexer.state_dict()
     write_tensors(folder / JOINT, {name: x.bfloat16() for name, x in state.items() if not name.endswith(".inv_freq")})
+    (folder / JOINT).chmod(0o644)  # safetensors makes files that only their owner may read
 
 
 if __name__ == "__main__":

@@ -258,7 +258,7 @@ def resolve(out: Path, given: Mapping[str, Any]) -> Settings:
         raise LsaError("--damage spreads a budget over layers, and --form shared has one set for all: leave it out")
     _fill(values)
     try:
-        return Settings.model_validate(values)
+        return Settings.model_validate({name: value for name, value in values.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
         name = "--" + str(first["loc"][0]).replace("_", "-") + f" {first['input']}: " if first["loc"] else ""
@@ -327,5 +327,6 @@ def write_settings(out: Path, settings: Settings) -> None:
     path = out / "work" / "settings.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps({"layout": LAYOUT, **settings.model_dump()}, indent=1) + "\n", encoding="utf-8")
+    content = {"layout": LAYOUT, **settings.model_dump(exclude_none=True)}
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(unfinished, path)

@@ -13,7 +13,6 @@ and capture/model.safetensors: inv_freq, float64 [32], and the native indexers' 
 weights_proj of the candidates, bf16.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 from indexer_training.cli import die_with_parent
 from indexer_training.distributed import Group
 from indexer_training.settings import Settings, read_settings
+from indexer_training.v4_model import read_engine
 from indexer_training.workspace import Workspace, progress
 from vllm_lsa.errors import LsaError
 
@@ -40,7 +40,7 @@ def run(work: Workspace, group: Group) -> dict[str, Any]:
     if left(work) or not (folder / "model.safetensors").exists():
         environment = {name: x for name, x in os.environ.items() if not name.startswith(_LAUNCHER)}
         environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # a kill ends the engine as well
-        environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        environment.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         program = [sys.executable, "-m", "indexer_training.v4_capture", str(work.out)]
         code = subprocess.run(program, env=environment).returncode
         refusal = folder / _REFUSAL
@@ -60,13 +60,7 @@ def left(work: Workspace) -> list[int]:
 
 
 def engine_arguments(settings: Settings) -> dict[str, Any]:
-    """What `vllm.LLM` is told. Raises LsaError if --engine is no JSON object."""
-    try:
-        given = json.loads(settings.engine or "{}")
-    except ValueError:
-        given = None
-    if not isinstance(given, dict):
-        raise LsaError(f"--engine {settings.engine} is no JSON object: give arguments of vllm.LLM as one")
+    """What `vllm.LLM` is told."""
     arguments: dict[str, Any] = {
         "model": settings.model,
         "dtype": settings.dtype,
@@ -79,7 +73,7 @@ def engine_arguments(settings: Settings) -> dict[str, Any]:
     }
     if settings.torch_device() == "cpu":  # vLLM takes V4's prompts in chunks only where the CPU has AMX
         arguments["max_num_batched_tokens"] = settings.context + _ALSO
-    return {**arguments, **given}
+    return {**arguments, **read_engine(settings.engine)}
 
 
 def capture(work: Workspace) -> None:

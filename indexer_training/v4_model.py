@@ -3,6 +3,7 @@
 Layers are counted among the model's c4 layers from 0, as in the published checkpoint.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,17 @@ def is_v4(folder: Path) -> bool:
     return isinstance(raw, Mapping) and (raw.get("model_type") == "deepseek_v4" or "DeepseekV4ForCausalLM" in named)
 
 
+def read_engine(text: str | None) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` from --engine. Raises LsaError if it is no JSON object."""
+    try:
+        given = json.loads(text or "{}")
+    except ValueError:
+        given = None
+    if not isinstance(given, dict):
+        raise LsaError(f"--engine {text} is no JSON object: give arguments of vllm.LLM as one")
+    return given
+
+
 def fill(values: dict[str, Any], given: Mapping[str, Any], device: str) -> None:
     """Work out, in place, what was not said and is different with V4. device: "cpu" or "cuda".
 
@@ -140,6 +152,8 @@ def fill(values: dict[str, Any], given: Mapping[str, Any], device: str) -> None:
             raise LsaError(
                 f"{flag} has no meaning for DeepSeek-V4, which has no product tables or demand: leave it out"
             )
+
+    read_engine(values.get("engine"))
 
     def default(name: str, value: Any) -> None:
         if values.get(name) is None:

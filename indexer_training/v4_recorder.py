@@ -29,8 +29,9 @@ class Recorder:
     """Hidden states, index keys and golden entries of one window of text.
 
     L c4 layers, C candidates, S cycles, N entries. An entry is golden for a token if it is among the fewest of the
-    native top-k that hold `native_top_p` of the softmax over the native logits of these; and a cycle at token t knows
-    the entries that are whole there, n < t / 4, whatever tokens of its window choose besides.
+    native top-k that hold `native_top_p` of the softmax over the native logits of these (where there are fewer than k,
+    the indexer makes none and all are golden). A cycle at token t knows the entries that are whole there, n < t / 4,
+    whatever tokens of its window choose besides.
     """
 
     def __init__(self, settings: Settings, layers: int) -> None:
