@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from tests.v4.attention import fp8_paged_mqa_logits_cpu
+from tests.v4.oracle import E4M3
 from tests.v4.pages import write_index_keys
+from tests.v4.scorer_twin import Weights, frequencies, reference
 from vllm_lsa.errors import LsaError
 from vllm_lsa.indexer import IndexerConfig, MemoryIndexer
 from vllm_lsa.indexer.rotary import RopeConfig, inverse_frequencies
@@ -25,7 +27,6 @@ POSITIONS = (0, 1, 65_535, 262_143, 1_048_575)
 LENGTHS = (200, 1, 64, 137, 256)
 ENTRIES = 256
 BLOCK_BYTES = 1728  # a stride between blocks that is not a page's
-Weights = dict[str, torch.Tensor]
 
 
 @functools.cache
@@ -78,19 +79,6 @@ def inputs(layer: int = 10) -> torch.Tensor:
     return torch.randn(len(POSITIONS), HIDDEN, generator=g).bfloat16()
 
 
-# -- lsa.md §3 in float64 ---------------------------------------------------------------------------------------------
-
-
-def e4m3(code: int) -> float:
-    sign, exponent, mantissa = -1 if code >> 7 else 1, code >> 3 & 15, code & 7
-    if exponent == 15 and mantissa == 7:
-        return math.nan
-    return sign * (mantissa / 8 * 2**-6 if exponent == 0 else (1 + mantissa / 8) * 2 ** (exponent - 7))
-
-
-E4M3 = np.array([e4m3(code) for code in range(256)])
-
-
 def keys_of(kv: Past, row: int) -> np.ndarray:
     """float64 [length, 128]."""
     raw, out = kv.cache.flatten(1).numpy(), []
@@ -102,40 +90,14 @@ def keys_of(kv: Past, row: int) -> np.ndarray:
     return np.array(out)
 
 
-def frequencies() -> np.ndarray:
-    """YaRN: base 160000, factor 16, original length 65536, β 32 and 1."""
-    i = np.arange(32)
-    plain = 160000.0 ** (-i / 32)
-    turns = 65536 * plain / (2 * np.pi)
-    # The ramp is over the pair's number, between those that turn 32 times and once, rounded outwards.
-    low = math.floor(np.interp(-np.log(32), -np.log(turns), i))
-    high = math.ceil(np.interp(-np.log(1), -np.log(turns), i))
-    assert (low, high) == (15, 25)
-    slowed = np.clip((i - low) / (high - low), 0, 1)
-    return plain * (1 - slowed) + plain / 16 * slowed
-
-
-def reference(w: Weights, x: torch.Tensor, position: int, keys: np.ndarray) -> np.ndarray:
-    """Logits float64 [N] of one row x [4096]."""
-    wq_a, wq_b, norm, proj = (
-        w[name].double().numpy() for name in ("wq_a.weight", "wq_b.weight", "q_norm_weight", "weights_proj.weight")
-    )
-    hidden = x.double().numpy()
-    y = wq_a @ hidden
-    y = y / np.sqrt(np.mean(y * y) + 1e-6) * norm
-    q = (wq_b @ y).reshape(-1, 128)
-    turn = np.exp(1j * position * frequencies())
-    pairs = (q[:, 64::2] + 1j * q[:, 65::2]) * turn
-    q[:, 64::2], q[:, 65::2] = pairs.real, pairs.imag
-    weights = (proj @ hidden) * 128**-0.5 * len(q) ** -0.5
-    return weights @ np.maximum(q @ keys.T, 0)
-
-
 @functools.cache
 def expected(heads: int, rank: int, layer: int = 10) -> list[np.ndarray]:
     """Of each row."""
     kv, x = past(layer), inputs(layer)
-    return [reference(weights_of(heads, rank, layer), x[i], at, keys_of(kv, i)) for i, at in enumerate(POSITIONS)]
+    return [
+        reference(weights_of(heads, rank, layer), x[i].double().numpy(), at, keys_of(kv, i))
+        for i, at in enumerate(POSITIONS)
+    ]
 
 
 def errors(got: torch.Tensor, want: list[np.ndarray]) -> tuple[float, float]:

@@ -20,6 +20,7 @@ import math
 import pytest
 import torch
 
+from tests.v4.scorer_twin import best_pages
 from vllm_lsa.models.deepseek_v4.selection import (
     FULL_PAGES,
     TOP_K,
@@ -31,29 +32,6 @@ from vllm_lsa.models.deepseek_v4.selection import (
 )
 
 M1 = 1 << 18  # entries of a million tokens
-
-
-def twin(scores: list[float], budget: int, threshold: float, recency: int, sink: int, by: str) -> list[bool]:
-    """One request, page after page."""
-    n = len(scores)
-    pages = [scores[i : i + 64] for i in range(0, n, 64)]
-    keep = [False] * len(pages)
-    for entry in range(n):
-        if entry < sink or entry >= n - recency or entry == n - 1:
-            keep[entry // 64] = True
-    ranking = []
-    for i, page in enumerate(pages):
-        over = sum(x > threshold for x in page)
-        key = (max(page), i) if by == "max" else (over, max(page), i)
-        ranking.append((key, i, over))
-    ranking.sort(reverse=True)
-    for _, i, over in ranking:
-        if over and sum(keep) < budget:
-            keep[i] = True
-    for _, i, _ in ranking:
-        if sum(kept and len(page) == 64 for kept, page in zip(keep, pages, strict=True)) < 512 // 64:
-            keep[i] = True
-    return keep
 
 
 @pytest.mark.parametrize("by", ["max", "count"])
@@ -70,7 +48,7 @@ def test_twin(n: int, recency: int, sink: int, by: str) -> None:
                 got = select_pages(
                     values, budget, threshold=threshold, recency_entries=recency, sink_entries=sink, page_score=by
                 )
-                want = twin(values.tolist(), budget, threshold, recency, sink, by)
+                want = best_pages(values.tolist(), budget, threshold, recency, sink, by)
                 assert got.dtype == torch.bool and got.tolist() == want
                 assert int(got.sum()) <= budget
                 assert int(resident_entries(got, n).sum()) >= min(n, TOP_K)

@@ -18,6 +18,7 @@ from vllm_lsa.residency.peers import Peers
 from vllm_lsa.residency.plan import DecodeRow, Row, StepPlan
 from vllm_lsa.residency.replacement import Replacement
 from vllm_lsa.residency.requests import Request
+from vllm_lsa.residency.take_in import take_in
 
 logger = logging.getLogger("vllm_lsa")
 
@@ -120,7 +121,7 @@ class LayerAttention:
         shares = self._demand.mass(query, cells, row.blocks, full, self._scale, layer, group)
         mass = self._peers.combine(shares, "mean").numpy()
         usage = row.usage.note(slice(first, first + group), mass)
-        resident, store = row.resident, self._transfers.store
+        resident = row.resident
         chosen = [
             (lane, *self._replacement.choose(resident.lane(lane)[0], mass[n], usage[n], int(row.caps[lane])))
             for n, lane in enumerate(range(first, first + group))
@@ -128,15 +129,8 @@ class LayerAttention:
         chosen = [(lane, entries, picked) for lane, entries, picked in chosen if len(entries) or len(picked)]
         if not chosen:
             return
-        leaving = np.concatenate([resident.slots[lane, entries] for lane, entries, _ in chosen])
-        self._pool.release(leaving.astype(np.int64))
-        pages = np.concatenate([store.page_ids(row.request.blocks, picked, lane) for lane, _, picked in chosen])
-        self.chunks_demanded += len(pages)
-        slots, fresh = self._pool.acquire(pages)
-        self._transfers.fetch(pages[fresh], slots[fresh])
-        ends = np.cumsum([len(picked) for _, _, picked in chosen])[:-1]
-        for (lane, entries, picked), given in zip(chosen, np.split(slots, ends), strict=True):
-            resident.swap(lane, entries, picked, given)
+        self.chunks_demanded += take_in(self._pool, self._transfers, row.request, resident, chosen)
+        for lane, _, _ in chosen:
             row_slots = resident.lane(lane)[1]
             row_slots = row_slots[row_slots >= 0]
             place = i * group + lane - first

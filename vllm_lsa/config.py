@@ -54,7 +54,9 @@ class LsaConfig(BaseModel):
         description="What scores the chunks of a request: mean_key, quest, usage, recency, random or keep_all; or a "
         "trained checkpoint, by its folder or the name of a shipped one, which also changes the defaults of "
         "chunk_tokens, recency_tokens and demand, and of sets and mode, to those that it was trained for. DeepSeek-V4: "
-        "native (its own indexer; the default there), recency, random or keep_all.",
+        "native (its own indexer; the default there), exact (the same in every step, over everything), recency, random "
+        "or keep_all; or a memory indexer, a published .pt or .safetensors file or a checkpoint folder, which also "
+        "changes the default of threshold.",
     )
     lookahead: Literal["indexer", "usage", "recency"] = Field(
         "indexer",

@@ -87,6 +87,7 @@ class HostEngine(LsaEngine[StepPlan]):
             "chunks_demanded": self.attention.chunks_demanded,
             "chunks_missed": counts.chunks_missed + self.attention.chunks_missed,
             "bytes_fetched": transfers.bytes_fetched,
+            "bytes_demanded": transfers.bytes_demanded,
             "bytes_written_back": transfers.bytes_written_back,
             "bytes_streamed": transfers.bytes_streamed,
             "fetch_seconds": transfers.fetch_seconds,

@@ -39,6 +39,7 @@ METRICS = (
     Metric("chunks_demanded", "counter", "chunks", "Chunks that steps took into resident sets"),
     Metric("chunks_missed", "counter", "chunks", "Kept chunks that had no slot when they were needed"),
     Metric("bytes_fetched", "counter", "bytes", "Copied from the host store to slots"),
+    Metric("bytes_demanded", "counter", "bytes", "Those of bytes_fetched that steps asked for themselves"),
     Metric("bytes_written_back", "counter", "bytes", "Copied from the device to the host store"),
     Metric("bytes_streamed", "counter", "bytes", "Read from the host store without keeping a slot"),
     Metric("fetch_seconds", "counter", "seconds", "Time that fetches took"),

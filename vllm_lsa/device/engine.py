@@ -441,6 +441,7 @@ class DeviceEngine(LsaEngine[DevicePlan]):
             "chunks_demanded": demanded,
             "chunks_missed": self.control.counts.chunks_missed,
             "bytes_fetched": moved,
+            "bytes_demanded": demanded * self.geometry.page_bytes,
             "bytes_streamed": self._history.bytes_streamed,
             "stall_seconds": self._stalls.seconds,
             "cycles": self.control.counts.cycles,

@@ -18,6 +18,7 @@ class TransferCounts:
     """Bytes and seconds since the start; the engine publishes them."""
 
     bytes_fetched: int = 0
+    bytes_demanded: int = 0
     bytes_streamed: int = 0
     bytes_written_back: int = 0
     fetch_seconds: float = 0.0
@@ -62,6 +63,11 @@ class Transfers:
         self._fetch(pages, slots)
         self.counts.stall_seconds += time.perf_counter() - start
         return Ticket(slots)
+
+    def demand(self, pages: np.ndarray, slots: np.ndarray) -> None:
+        """`fetch`, at once, what a step's own queries have asked for."""
+        self.counts.bytes_demanded += self._bytes(len(pages))
+        self.fetch(pages, slots)
 
     def wait(self, ticket: Ticket) -> None:
         """Wait for a ticket; the time counts as a stall of decode."""

@@ -78,9 +78,11 @@ class LookaheadScheduler:
         rows: int,
         layer_weights: Sequence[float] | None = None,
         agree: Callable[[bool], bool] = bool,
+        demands: bool | None = None,
     ) -> None:
         """layer_weights: how the budget is shared out over layers, mean 1; None for equal shares.
-        agree: whether a value is true on all ranks, which call it together."""
+        agree: whether a value is true on all ranks, which call it together. demands: whether steps take chunks in and
+        note usage; default: as config says."""
         self._config = config
         self._geometry = geometry
         self._pool = pool
@@ -88,7 +90,7 @@ class LookaheadScheduler:
         self._select = select
         self._agree = agree
         self._shares = Shares(config, geometry, pool.num_slots, layer_weights)
-        self._demands = config.demand != "off"
+        self._demands = config.demand != "off" if demands is None else demands
         self._free_rows = list(range(rows - 1, -1, -1))
         self._states: dict[Request, _State] = {}
         self.counts = LookaheadCounts()
@@ -97,6 +99,9 @@ class LookaheadScheduler:
     def num_resident(self) -> int:
         """Slots that the sets of live requests refer to, shared ones counted once per request."""
         return sum(state.set.num_resident for state in self._states.values())
+
+    def __contains__(self, request: Request) -> bool:
+        return request in self._states
 
     def resident(self, request: Request) -> ResidentSet:
         return self._states[request].set

@@ -4,10 +4,10 @@ A request's resident set is one for all c4 layers, as in the paper: the layers' 
 are chosen by their best entry (`selection`), so a page is in the pool in every c4 layer or in none. The native indexer
 scores only what is resident: it is given the table of resident blocks in place of the request's, so its top-k cannot
 leave the set, and what it returns are positions in that table, which the slots of the same table turn into pages of the
-pool.
+pool. With indexer="exact" it is shown all blocks, and what it chose is brought into the pool (`exact`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -17,9 +17,12 @@ from vllm_lsa.attention import logger_once
 from vllm_lsa.config import LsaConfig
 from vllm_lsa.memory.transfers import Transfers
 from vllm_lsa.metrics import MetricsWriter
+from vllm_lsa.models.deepseek_v4.exact import ExactReads
 from vllm_lsa.models.deepseek_v4.geometry import EntryGeometry
-from vllm_lsa.models.deepseek_v4.native import LastQueries
-from vllm_lsa.models.deepseek_v4.selection import least_budget, page_count, resident_entries, select_pages
+from vllm_lsa.models.deepseek_v4.memory_indexer import threshold_of
+from vllm_lsa.models.deepseek_v4.native import LastHidden, LastQueries
+from vllm_lsa.models.deepseek_v4.scorer import PagedScorer
+from vllm_lsa.models.deepseek_v4.selection import TOP_K, least_budget, page_count, resident_entries, select_pages
 from vllm_lsa.residency.lookahead import LookaheadScheduler
 from vllm_lsa.residency.plan import Row
 from vllm_lsa.residency.policies import make_policy
@@ -35,7 +38,7 @@ class EntryPlan:
 
     rows: in the order of the batch. table: int32 [R, W], blocks whose entries each row chooses from, in order, 0
     behind: the resident ones for a row that decodes, all of its own for the others. entries: int32 [R], entries there.
-    slots: int64 [L, R, W], where the pages of decoding rows are in the pool; -1 for none.
+    slots: int64 [L, R, W], where the pages of decoding rows are in the pool; -1 for none. Exact: changed by each layer.
     pool_rows, host_rows: rows that read the pool, and the store: prompts, and rows that decode with kept pages that got
     no slot. token_row: int64 [t].
     written_pages: int64 [n], pages (of the first layer) that this step adds entries to, and that have a slot in the
@@ -76,11 +79,21 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
         num_slots: int,
         max_requests: int,
         metrics: MetricsWriter | None = None,
+        scorer: PagedScorer | None = None,
     ) -> None:
-        super().__init__(config, geometry, num_slots, 0, max_requests, torch.device("cpu"), metrics)
+        """scorer: the memory indexer, if `config.indexer` names one."""
+        self.exact: ExactReads | None = None
+        # A row reads from at most so many pages, which may all pass through.
+        staging = TOP_K if config.indexer == "exact" else 0
+        super().__init__(config, geometry, num_slots, staging, max_requests, torch.device("cpu"), metrics)
         self.queries = LastQueries(max_requests, geometry.num_layers)
+        self.scorer = scorer
+        layers, width = ((), 0) if scorer is None else (scorer.layers, scorer.indexer.config.hidden_size)
+        self.hidden = LastHidden(max_requests, layers, width)
+        self._threshold = threshold_of(config, scorer)
         # The native indexer's opinion needs no policy object: it is what the model says.
-        self._policy = None if config.indexer == "native" else make_policy(config.indexer, 0, 0, geometry.dtype)
+        by_model = scorer is not None or config.indexer in ("native", "exact")
+        self._policy = None if by_model else make_policy(config.indexer, 0, 0, geometry.dtype)
         self._keys: list[torch.Tensor] = []
 
     def attach(self, num_blocks: int, cells: Sequence[torch.Tensor]) -> None:
@@ -89,9 +102,12 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
         assert self.store is not None
         self._keys = list(cells)
         self.transfers = Transfers(self.store, self.pool)
+        exact = self.config.indexer == "exact"
         self.lookahead = LookaheadScheduler(
-            self.config, self.geometry, self.pool, self.transfers, self._select, self._max_requests
+            self.config, self.geometry, self.pool, self.transfers, self._select, self._max_requests, demands=exact
         )
+        if exact:
+            self.exact = ExactReads(self.config, self.geometry, self.pool, self.transfers, self.lookahead)
         self.close_step()  # pool and store have their sizes on /metrics before the first request
 
     def layer_pages(self, layer: int) -> torch.Tensor:
@@ -116,7 +132,7 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
                 host_rows.append(i)
                 continue
             slots[:, i, : len(blocks)] = found
-            if (found < 0).any():
+            if self.exact is None and (found < 0).any():
                 logger_once(
                     "the device pool (%d slots) is smaller than what is kept: requests that lack slots read the host "
                     "store at every step, which is exact but slow; raise lsa.device_pool_gib or lower lsa.budget",
@@ -142,11 +158,14 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
 
     def _held(self, row: Row) -> tuple[np.ndarray, np.ndarray | None, int]:
         """(blocks int32 [n] in order, their slots int64 [L, n], entries in them) of a row that decodes; slots None for
-        one that reads its whole history."""
+        one that reads its whole history from the store."""
         request, g = row.request, self.geometry
         entries = g.num_entries(request.length)
         if not self.lookahead.is_decode(request):
             return request.blocks[: g.chunks(request.length)], None, entries
+        if self.exact is not None:
+            found = np.stack([self.exact.slots(request, layer) for layer in range(g.num_layers)])
+            return request.blocks[: found.shape[1]], found, entries
         resident = self.lookahead.resident(request)
         # One set for all layers, so that one order serves all.
         chunks = resident.lane(0)[0]
@@ -184,17 +203,38 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
         """Keep the indexer's last queries. q: fp8 [t, h, 128]. w: fp32 [t, h]."""
         self.queries.note(plan.last_row, layer, q[plan.last_token], w[plan.last_token])
 
-    def reads(self, plan: EntryPlan, layer: int) -> list[Read]:
-        """From where the tokens of a layer read what the indexer chose out of the plan's table."""
-        reads = []
-        if plan.pool_rows:
-            pool = self.pool.pages.view(len(self.pool.pages), -1)
-            reads.append(self._read(plan, plan.pool_rows, plan.slots[layer], pool))
+    def note_hidden(self, plan: EntryPlan, layer: int, hidden: torch.Tensor) -> None:
+        """Keep what the memory indexer reads of a layer. hidden: [t, hidden_size], the attention module's input."""
+        self.hidden.note(plan.last_row, layer, hidden[plan.last_token])
+
+    def reads(self, plan: EntryPlan, layer: int, chosen: torch.Tensor) -> Iterator[Read]:
+        """From where the tokens of a layer read what the indexer chose out of the plan's table, one after the other.
+
+        chosen: int32 [t or more, 512], places in the table, -1 for none.
+        """
+        pool = self.pool.pages.view(len(self.pool.pages), -1)
+        lacking = {} if self.exact is None else {i: self._bring(plan, layer, i, chosen) for i in plan.pool_rows}
+        rows = [i for i in plan.pool_rows if not len(lacking.get(i, ()))]
+        if rows:
+            yield self._read(plan, rows, plan.slots[layer], pool)
+        for i, pages in lacking.items():
+            if self.exact is not None and len(pages):
+                table = plan.slots[layer].clone()
+                staged = self.exact.pass_through(plan.rows[i].request, layer, pages)
+                table[i, torch.from_numpy(pages)] = torch.from_numpy(staged)
+                yield self._read(plan, [i], table, pool)
         if plan.host_rows:
             # In place, since it is memory of the same kind here; nothing of it stays.
             self.transfers.read_in_place(sum(-(-int(plan.entries[i]) // self.geometry.entries) for i in plan.host_rows))
-            reads.append(self._read(plan, plan.host_rows, plan.table.long(), self.layer_pages(layer)))
-        return reads
+            yield self._read(plan, plan.host_rows, plan.table.long(), self.layer_pages(layer))
+
+    def _bring(self, plan: EntryPlan, layer: int, i: int, chosen: torch.Tensor) -> np.ndarray:
+        """Bring what a row chose into the pool. Returns the places int64 [m] of the table that still have no slot."""
+        assert self.exact is not None
+        row = plan.rows[i]
+        slots, lacking = self.exact.bring(row.request, layer, chosen[row.start].numpy())
+        plan.slots[layer, i, : len(slots)] = torch.from_numpy(slots)
+        return lacking
 
     def _read(self, plan: EntryPlan, rows: list[int], table: torch.Tensor, pages: torch.Tensor) -> Read:
         tokens = torch.isin(plan.token_row, torch.tensor(rows)).nonzero().squeeze(-1)
@@ -208,23 +248,36 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
         config, g = self.config, self.geometry
         entries = g.num_entries(request.num_computed)
         scores = self._scores(request, row, entries, cycle)
+        if self.exact is not None:
+            return self.exact.select(scores, num_chunks, budget_chunks)
         # The budget is that of full pages; `select_pages` counts the newest as well, which it keeps in any case.
         recency, sink = g.num_entries(config.recency_tokens), g.num_entries(config.sink_tokens)
         budget = max(int(budget_chunks[0]) + page_count(entries) - num_chunks, least_budget(recency, sink))
         pages = select_pages(
             scores.amax(0) if config.mode == "or" else scores.mean(0),
             budget,
-            threshold=config.threshold,
+            threshold=self._threshold,
             recency_entries=recency,
             sink_entries=sink,
         )
         return pages[:num_chunks].expand(g.num_layers, num_chunks).numpy()
 
     def _scores(self, request: Request, row: int, entries: int, cycle: int) -> torch.Tensor:
-        """Scores in [0, 1] of the entries that a request has so far, fp32 [L, entries]."""
+        """Scores in [0, 1] of the entries that a request has so far, fp32 [L, entries]; [1, entries] of an ensemble."""
         g = self.geometry
         if self._policy is None:
-            return self.queries.shares(row, self._keys, torch.from_numpy(request.blocks.astype(np.int64)), entries)
+            blocks = torch.from_numpy(request.blocks.astype(np.int64))
+            if self.scorer is None:
+                return self.queries.shares(row, self._keys, blocks, entries)
+            return self.scorer.scores(
+                self.hidden.of(row),
+                torch.tensor([request.num_computed - 1]),
+                dict(enumerate(self._keys)),
+                blocks[None],
+                torch.tensor([entries]),
+                entries,
+                self.config.mode,
+            )
         of_pages = self._policy.score(
             ScoreInput(
                 query=None,
@@ -246,6 +299,10 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
     # -- what the base class asks for ---------------------------------------------------------------------------------
 
     def _leave(self, request: Request) -> None:
+        if request in self.lookahead:
+            row = self.lookahead.row(request)
+            self.queries.forget(row)
+            self.hidden.forget(row)
         self.lookahead.leave(request)
 
     def _quiesce(self) -> None:
@@ -259,7 +316,11 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
         return self.lookahead.num_resident
 
     def counted(self) -> dict[str, float]:
-        return asdict(self.transfers.counts) | asdict(self.lookahead.counts)
+        counts = asdict(self.transfers.counts) | asdict(self.lookahead.counts)
+        if self.exact is not None:
+            counts["chunks_demanded"] = self.exact.chunks_demanded
+            counts["chunks_missed"] += self.exact.chunks_missed
+        return counts
 
     def close(self) -> None:
         if self.store is not None:

@@ -131,6 +131,7 @@ class LsaAttention(DeepseekV4CPUAttention):
         if plan is not None:
             engine = self._engine
             engine.write_through(plan, self._layer)
+            engine.note_hidden(plan, self._layer, hidden_states)
             if index_q is not None and index_weights is not None:
                 engine.note_queries(plan, self._layer, index_q, index_weights)
         super()._sparse_indexer_and_attn(hidden_states, index_q, index_q_scale, index_weights, q, kv, positions, out)
@@ -146,7 +147,7 @@ class LsaAttention(DeepseekV4CPUAttention):
         window_slots = self._window_slots(positions, swa)
         engine = self._engine
         entries = engine.geometry.entries
-        for read in engine.reads(plan, self._layer):
+        for read in engine.reads(plan, self._layer, self.topk_indices_buffer):
             chosen = self.topk_indices_buffer[read.tokens]
             out = torch.empty_like(output[read.tokens])
             torch.ops._C.flash_mla_with_kvcache_cpu(

@@ -1,4 +1,4 @@
-"""The native indexer's opinion of the past: its own last query of each layer, over vLLM's index-key cache."""
+"""What selections are made from: each request's last token, as the native and the memory indexer read it."""
 
 from collections.abc import Sequence
 
@@ -28,6 +28,13 @@ class LastQueries:
         self.queries.view(torch.uint8)[rows, layer] = q.view(torch.uint8)
         self.weights[rows, layer] = w.float()
 
+    @torch.inference_mode()
+    def forget(self, row: int) -> None:
+        """The row gets another request."""
+        if self.queries is not None and self.weights is not None:
+            self.queries.view(torch.uint8)[row] = 0
+            self.weights[row] = 0
+
     def shares(self, row: int, keys: Sequence[torch.Tensor], blocks: torch.Tensor, entries: int) -> torch.Tensor:
         """Each entry's share of a softmax over the logits of all, which layers can be compared by. fp32 [L, entries].
 
@@ -50,3 +57,28 @@ class LastQueries:
                 for layer, cache in enumerate(keys)
             ]
         )
+
+
+class LastHidden:
+    """Attention's input at the last token of each request, in the layers that a memory indexer scores.
+
+    states: fp32 [rows, layers, hidden_size], zeros for a request of which nothing was noted.
+    """
+
+    def __init__(self, rows: int, layers: Sequence[int], hidden_size: int) -> None:
+        self._places = {layer: place for place, layer in enumerate(layers)}
+        self.states = torch.zeros(rows, len(layers), hidden_size)
+
+    def note(self, rows: torch.Tensor, layer: int, hidden: torch.Tensor) -> None:
+        """Keep hidden [n, hidden_size], any float dtype, for rows int64 [n]. Other layers' are left alone."""
+        if layer in self._places:
+            self.states[rows, self._places[layer]] = hidden.float()
+
+    @torch.inference_mode()
+    def forget(self, row: int) -> None:
+        """The row gets another request."""
+        self.states[row] = 0
+
+    def of(self, row: int) -> dict[int, torch.Tensor]:
+        """By layer, fp32 [1, hidden_size]."""
+        return {layer: self.states[row, place][None] for layer, place in self._places.items()}

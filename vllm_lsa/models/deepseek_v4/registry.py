@@ -5,6 +5,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 
 from vllm_lsa.config import LsaConfig
 from vllm_lsa.errors import LsaError
+from vllm_lsa.models.deepseek_v4.memory_indexer import load_scorer
 from vllm_lsa.models.deepseek_v4.selection import TOP_K
 from vllm_lsa.models.deepseek_v4.settings import for_deepseek_v4
 
@@ -43,4 +44,5 @@ def check(vllm_config: VllmConfig) -> LsaConfig:
     for what, present in refusals.items():
         if present:
             raise LsaError(f"DeepSeek-V4 with LSA: {what} not supported yet: use another --attention-backend")
+    load_scorer(config, model)
     return config

@@ -12,8 +12,10 @@ from vllm_lsa.errors import LsaError
 from vllm_lsa.metrics import MetricsWriter
 from vllm_lsa.models.deepseek_v4.engine import DeepseekV4Engine, EntryPlan
 from vllm_lsa.models.deepseek_v4.geometry import EntryGeometry
+from vllm_lsa.models.deepseek_v4.memory_indexer import load_scorer
+from vllm_lsa.models.deepseek_v4.scorer import PagedScorer, model_layers
 from vllm_lsa.models.deepseek_v4.settings import for_deepseek_v4
-from vllm_lsa.models.deepseek_v4.specs import C4_TOKENS, PAGE_ENTRIES
+from vllm_lsa.models.deepseek_v4.specs import C4_TOKENS, PAGE_ENTRIES, require_split, specs_of
 from vllm_lsa.plugin import metrics as plugin_metrics
 from vllm_lsa.plugin.runtime import Runtime
 from vllm_lsa.tiers import TieredEngine
@@ -43,6 +45,7 @@ class DeepseekV4Runtime(Runtime):
 
     def attach(self, kv_cache_config: Any) -> None:
         """Make the engine: the host store has as many blocks as vLLM has made."""
+        require_split(specs_of(kv_cache_config.kv_cache_groups), kv_cache_config.kv_cache_groups)
         layers = self._attentions
         keys = [attention.indexer.k_cache for attention in layers]
         self.group = _group_of([cache.prefix for cache in keys], kv_cache_config.kv_cache_groups)
@@ -59,7 +62,8 @@ class DeepseekV4Runtime(Runtime):
         name = f"{self.vllm_config.parallel_config.rank}-{self.vllm_config.instance_id}"
         rows = self.vllm_config.scheduler_config.max_num_seqs
         writer = MetricsWriter(plugin_metrics.directory(), name)
-        self.engine = DeepseekV4Engine(self.config, geometry, slots, rows, writer)
+        scorer = load_scorer(self.config, self.vllm_config.model_config)
+        self.engine = DeepseekV4Engine(self.config, geometry, slots, rows, writer, scorer)
         self.engine.attach(blocks, [cache.kv_cache for cache in keys])
         for layer, attention in enumerate(layers):
             # [blocks, entries, bytes], as the compressor writes it.
@@ -73,8 +77,14 @@ class DeepseekV4Runtime(Runtime):
             slots,
             slots * geometry.page_bytes / GIB,
             self.config.budget,
-            self.config.indexer,
+            self.config.indexer if scorer is None else f"{self.config.indexer} ({self._named(scorer)})",
         )
+
+    def _named(self, scorer: PagedScorer) -> str:
+        """What a memory indexer scores, for the log."""
+        layers = model_layers(scorer.layers, self.vllm_config.model_config.hf_config.compress_ratios)
+        scored = ", ".join(f"{layer} = c4 layer {number}" for number, layer in layers.items())
+        return f"memory indexer of layers {scored}; mode {self.config.mode}"
 
     def _require_memory(self, need: int) -> None:
         limit, named = psutil.virtual_memory().available / GIB, "GiB of host memory that are free"

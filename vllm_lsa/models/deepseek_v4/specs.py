@@ -92,12 +92,22 @@ def block_bytes(specs: Mapping[str, Any]) -> int:
     return sum(spec.page_size_bytes for name, spec in specs.items() if _grows(cache_kind(name, spec)))
 
 
-def require_split(specs: Mapping[str, Any], groups: Iterable[Any]) -> None:
-    """Raises LsaError if vLLM's groups (KVCacheGroupSpec) of `specs` make blocks wider than `block_bytes`.
+def specs_of(groups: Iterable[Any]) -> dict[str, Any]:
+    """{name: KVCacheSpec} of all caches in vLLM's groups (KVCacheGroupSpec)."""
+    specs: dict[str, Any] = {}
+    for group in groups:
+        of_layers = getattr(group.kv_cache_spec, "kv_cache_specs", {})
+        specs |= {name: of_layers.get(name, group.kv_cache_spec) for name in group.layer_names}
+    return specs
 
-    Another vLLM may group in another way, and would then silently give back less memory than was asked for.
+
+def require_split(specs: Mapping[str, Any], groups: Iterable[Any]) -> None:
+    """Raises LsaError if vLLM's groups (KVCacheGroupSpec) of `specs` make blocks wider than they must be.
+
+    That is `block_bytes`, or with few layers the widest page. Another vLLM may group in another way, and would then
+    silently give back less memory than was asked for.
     """
-    least = block_bytes(specs)
+    least = max(block_bytes(specs), *(spec.page_size_bytes for spec in specs.values()))
     widest = max(sum(specs[name].page_size_bytes for name in group.layer_names) for group in groups)
     if widest > least:
         raise LsaError(

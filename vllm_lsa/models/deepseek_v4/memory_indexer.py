@@ -1,0 +1,53 @@
+"""The trained memory indexer that `indexer` names: found, read, and checked against the model that it shall serve.
+
+Layers of a checkpoint count c4 layers from 0, in published files (l10, l12, l20) and in folders alike.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from vllm_lsa.config import LsaConfig
+from vllm_lsa.errors import LsaError
+from vllm_lsa.indexer.checkpoint import fingerprint, fingerprint_of
+from vllm_lsa.indexer.trained import find
+from vllm_lsa.models.deepseek_v4.scorer import PagedScorer, model_layers
+
+
+def checkpoint_path(indexer: str) -> Path | None:
+    """What `indexer` names: a published file, a folder, or a shipped checkpoint. None if it is the name of a policy."""
+    path = find(indexer) or Path(indexer)
+    return path if path.suffix in (".pt", ".safetensors") or path.is_dir() else None
+
+
+def load_scorer(config: LsaConfig, model_config: Any) -> PagedScorer | None:
+    """The memory indexer that `config` names, for the model of vLLM's ModelConfig; None if it names a policy.
+
+    In fp32, since a CPU has nothing that multiplies fp8. Raises LsaError in one line if it cannot be read, was made for
+    another model, or its layers or shapes do not fit.
+    """
+    path = checkpoint_path(config.indexer)
+    if path is None:
+        return None
+    scorer = PagedScorer.load(path, "fp32")
+    model = model_config.hf_config
+    model_layers(scorer.layers, model.compress_ratios)
+    width = scorer.indexer.config.hidden_size
+    if width != model.hidden_size:
+        raise LsaError(
+            f"lsa.indexer={config.indexer!r} reads hidden states of {width}, this model's have {model.hidden_size}: "
+            "give a checkpoint that was trained for this model"
+        )
+    folder = Path(model_config.model)
+    known = fingerprint_of(folder) if folder.is_dir() else fingerprint(model.to_dict())
+    scorer.indexer.require_backbone(known)
+    return scorer
+
+
+def threshold_of(config: LsaConfig, scorer: PagedScorer | None) -> float:
+    """The score that an entry must exceed: as set, else the checkpoint's for this budget, else that of `LsaConfig`."""
+    if scorer is None or "threshold" in config.model_fields_set:
+        return config.threshold
+    known = scorer.indexer.config.thresholds
+    values = known.get(f"{config.budget:g}", known.get("default", ()))
+    # One for each layer is for sets of layers, and here is one set.
+    return values[0] if len(values) == 1 else config.threshold
