@@ -405,6 +405,10 @@ def run(work: Workspace, group: Group) -> dict[str, Any]:
         found = recall(indexer, windows, s)
         if s.shared:
             choice = ensemble.choose(indexer, windows, found)
+            if s.v4:
+                native = untrained(work)
+                v4_model.initialise(native, work)
+                choice["alone_before"] = recall(native.to(device), windows, s, ("trained",))["trained"]
         else:
             layers = choose_layers(found, s.min_gain)
             gains = [round(found["trained"][i] - found["usage"][i], 5) for i in layers]

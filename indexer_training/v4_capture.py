@@ -14,6 +14,7 @@ weights_proj of the candidates, bf16.
 """
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,9 @@ def run(work: Workspace, group: Group) -> dict[str, Any]:
                 f"capture: vLLM ended with status {code} on {work.settings.model}; above is why. --engine gives it "
                 "further arguments, such as tensor_parallel_size"
             )
-    return {"bytes": sum(path.stat().st_size for path in folder.glob("window_*.safetensors"))}
+    size = sum(path.stat().st_size for path in folder.glob("window_*.safetensors"))
+    engine = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10
+    return {"bytes": size, "engine_peak_rss_mib": engine}
 
 
 def left(work: Workspace) -> list[int]:

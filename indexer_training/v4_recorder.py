@@ -156,7 +156,9 @@ def require_rope(attention: Any, shape: V4Shape) -> None:
     at = torch.tensor([1, 77, 1000])
     angle = at.unsqueeze(1) * shape.inverse_frequencies()
     if not torch.allclose(table[at], torch.cat([angle.cos(), angle.sin()], 1).float(), atol=1e-3):
-        raise LsaError(f"--model {shape.name}: its c4 layers rotate in a way that is not known here: use YaRN's rope")
+        raise LsaError(
+            f"--model {shape.name}: its c4 layers rotate in another way than YaRN, so it cannot be trained for"
+        )
 
 
 class CaptureWorker:
@@ -180,6 +182,11 @@ class CaptureWorker:
             raise LsaError(
                 f"--model {settings.model}: vLLM made {len(attentions)} of its {shape.layers} c4 layers in this "
                 "process: leave pipeline parallelism out of --engine"
+            )
+        if any(attention.indexer.use_fp4_kv for attention in attentions):
+            raise LsaError(
+                "capture: index keys in MXFP4 are not known here: give --engine "
+                """'{"attention_config": {"indexer_kv_dtype": "fp8"}}'"""
             )
         self._lsa_layers = shape.layers
         weights: dict[str, torch.Tensor] = {"inv_freq": shape.inverse_frequencies()}
@@ -224,14 +231,16 @@ class CaptureWorker:
             metadata = get_forward_context().attn_metadata
             if self._lsa_recorder is None or not isinstance(metadata, Mapping):
                 return
-            if index_q_scale is not None:
-                raise LsaError("capture: index keys in MXFP4 are not known here: give vLLM's --indexer-kv-dtype fp8")
             cache = attention.indexer.k_cache
             about = metadata[cache.prefix]
             rows = slice(about.num_decode_tokens + about.num_prefill_tokens)
             query = None if index_q is None or index_weights is None else (index_q[rows], index_weights[rows])
             where = positions[rows]
             slots = about.slot_mapping[rows][(where + 1) % C4_TOKENS == 0]
+            if bool((slots < 0).any()):
+                raise LsaError(
+                    "capture: index keys are shared out over ranks: leave context parallelism out of --engine"
+                )
             chosen = attention.topk_indices_buffer[rows]
             self._lsa_recorder.note(layer, where, hidden_states[rows], query, chosen, keys_at(cache.kv_cache, slots))
 
