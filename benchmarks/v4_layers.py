@@ -4,7 +4,7 @@ A layer is index logits → top-k of 512 → the entries' places in a cache → 
 """
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,11 @@ from vllm_lsa.models.deepseek_v4.specs import C4_TOKENS, PAGE_ENTRIES
 from vllm_lsa.ops.index_logits import KEY, index_logits, index_logits_naive
 
 PARTS = ("logits", "topk", "attention")
-_LOGITS_WITHIN, _ATTENTION_WITHIN = 5e-3, 1e-2
-"""Largest error, relative to the largest value of a row: tensor cores of Hopper sum products of e4m3 with fewer bits
-than fp32 has, and FlashMLA rounds probabilities and its result to bf16."""
+LOGITS_WITHIN, ATTENTION_WITHIN = 5e-3, 1e-2
+"""Largest error, relative to the largest value: tensor cores of Hopper sum products of e4m3 with fewer bits than fp32
+has, and FlashMLA rounds probabilities and its result to bf16."""
+ORDER_WITHIN = 1e-5
+"""The same of logits of one entry that programs of different length have summed in different order."""
 
 
 class Queries:
@@ -135,15 +137,18 @@ def check_logits(step: Step, layer: int, pages: int = 16) -> float:
         index_logits_naive(*queries.index[layer], index_pages(side.keys[layer]), table, lengths, want)
         got = step.logits[:, first * PAGE_ENTRIES :][:, : want.shape[1]]
         worst = max(worst, *(relative(g, w) for g, w in zip(got, want, strict=True)))
-    if worst > _LOGITS_WITHIN:
+    if worst > LOGITS_WITHIN:
         fail(f"{side.name}: index logits of layer {layer} are {worst:.2e} off their twin")
     return worst
 
 
-def check_top_k(name: str, logits: torch.Tensor, chosen: torch.Tensor, places: torch.Tensor | None = None) -> None:
+def check_top_k(
+    name: str, logits: torch.Tensor, chosen: torch.Tensor, places: torch.Tensor | None = None, within: float = 0.0
+) -> None:
     """Whether chosen int32 [B, 512] are the highest of logits [B, N], those of equal height aside.
 
-    places: int64 [B, n], entries of logits that chosen counts through.
+    places: int64 [B, n], entries of logits that chosen counts through. within: how far, relative to the highest logit,
+    heights may differ and still count as equal.
     """
     chosen = chosen.long()
     if bool((chosen < 0).any()):
@@ -157,8 +162,8 @@ def check_top_k(name: str, logits: torch.Tensor, chosen: torch.Tensor, places: t
         fail(f"{name}: top-k chose an entry twice")
     got = logits.gather(1, chosen).sort(dim=1, descending=True).values
     want = logits.topk(TOP_K, dim=1).values
-    if not torch.equal(got, want):
-        bar = want[:, -1:]
+    bar = want[:, -1:]
+    if bool(((got - want).abs() > within * want[:, :1].abs()).any()):
         fail(f"{name}: {int((got < bar).sum())} of {got.numel()} chosen entries are not among the {TOP_K} highest")
 
 
@@ -174,7 +179,7 @@ def check_attention(step: Step, layer: int, plan: Any, rows: int = 2) -> float:
         side.pages[layer], entries, counts, queries.sink[layer], None, want,
     )  # fmt: skip
     error = relative(step.out[layer][:rows], want)
-    if error > _ATTENTION_WITHIN:
+    if error > ATTENTION_WITHIN:
         fail(f"{side.name}: attention of layer {layer} is {error:.2e} off the reference")
     return error
 
@@ -196,10 +201,12 @@ def check(stock: Step, lsa: Sequence[Step], sets: ResidentSets, layers: Sequence
         for step in lsa:
             name = f"{step.side.name}, layer {layer}"
             errors["logits"] = max(errors["logits"], check_logits(step, layer))
-            if not torch.equal(step.logits, stock.logits.gather(1, places)):
-                fail(f"{name}: logits of resident entries are not those of stock")
+            error = relative(step.logits, stock.logits.gather(1, places))
+            if error > ORDER_WITHIN:
+                fail(f"{name}: logits of resident entries are {error:.1e} off those of stock")
             step.layer(layer, None, ("topk",))
-            check_top_k(name, stock.logits, step.chosen[layer], places)
+            check_top_k(name, step.logits, step.chosen[layer])
+            check_top_k(name, stock.logits, step.chosen[layer], places, 2 * ORDER_WITHIN)
             errors["attention"] = max(errors["attention"], check_attention(step, layer, step.kernels.plan()))
             # The same entries in the same order, out of stock's cache.
             chosen = stock.chosen[layer].clone()
@@ -210,6 +217,22 @@ def check(stock: Step, lsa: Sequence[Step], sets: ResidentSets, layers: Sequence
                 error = relative(step.out[layer], stock.out[layer])
                 fail(f"{name}: attention over the pool is not bit for bit that over stock's cache ({error:.2e} off)")
     return errors
+
+
+def check_graph(step: Step, replay: Callable[[], object]) -> None:
+    """Whether replaying a step's graph does what its layers do one by one. Tables may have changed since its capture.
+
+    Not bit for bit: vLLM's top-k leaves equal sets in any order, and attention sums in that order.
+    """
+    step.run()
+    want, chosen = step.out.clone(), step.chosen.sort(dim=2).values
+    step.out.fill_(torch.nan)
+    step.chosen.fill_(-1)
+    replay()
+    torch.cuda.synchronize()
+    error = relative(step.out, want)
+    if error > ATTENTION_WITHIN or not torch.equal(step.chosen.sort(dim=2).values, chosen):
+        fail(f"{step.side.name}: the graph's choice or result ({error:.1e} off) is not that of its layers one by one")
 
 
 def check_pool(memory: Memory, sets: ResidentSets) -> None:

@@ -10,7 +10,7 @@ from vllm_lsa.models.deepseek_v4.scorer import index_pages, paged_logits, quanti
 from vllm_lsa.ops import index_logits as ops
 from vllm_lsa.ops.index_logits import index_logits, index_logits_naive
 
-load("index_logits")
+KERNELS = load("index_logits")
 NONSENSE = 2**30
 LENGTHS = (0, 1, 63, 64, 65, 300)
 PAGES = 5
@@ -71,7 +71,7 @@ def check(lengths, heads, dtype, page_bytes, entries=64 * PAGES, fp8=None, integ
     assert wide[:, :, entries:].isnan().all()
     # Tensor cores sum products of e4m3 with fewer bits.
     in_fp8 = dtype == torch.float8_e4m3fn and fp8 is not False and DEVICE.type == "cuda"
-    assert_same(got, want, lengths, 2e-3 if in_fp8 else 1e-4)
+    assert_same(got, want, lengths, 5e-3 if in_fp8 else 1e-4)
 
 
 @pytest.fixture
@@ -111,6 +111,15 @@ def test_some_entries(entries):
     check((300, 64, 1), 16, torch.bfloat16, 8640, entries)
 
 
+@pytest.mark.parametrize("programs", [9, 5, 1])
+def test_several_tiles_of_a_program(monkeypatch, programs):
+    """As long tables have them: rows that end within a part, and before it."""
+    monkeypatch.setattr(KERNELS, "_PROGRAMS", programs)
+    check(LENGTHS[2:], 64, torch.float8_e4m3fn, 8640, fp8=False)
+    check(LENGTHS[2:], 128, torch.bfloat16, 8448, 5 * 64 - 1)
+    check((0, 1, 64, 300), 64, torch.bfloat16, 8448, 130)
+
+
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
 def test_captured():
     lengths = (300, 1, 64)
@@ -139,7 +148,7 @@ def test_scorer_takes_the_kernel_on_a_gpu():
         index_logits_naive(q, weights, index_pages(cache), table, rows, want)
         got = paged_logits(q, weights, cache, table, rows.short(), 300)
         assert got.equal(want) or DEVICE.type == "cuda"
-        assert_same(got, want, LENGTHS[2:], 2e-3)
+        assert_same(got, want, LENGTHS[2:], 5e-3)
 
 
 def test_without_kernels_the_cpu_takes_the_twin(monkeypatch):
