@@ -19,11 +19,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+import vllm_lsa.ops.early as launches
+
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
     torch.uint8: "u8",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 compiled: set[str] = set()
 
 
@@ -63,6 +65,7 @@ class Launcher:
 
 
 def main() -> None:
+    launches.early = lambda device: {"EARLY": True, "launch_pdl": True}  # before others import it
     JITFunction.__getitem__ = lambda self, grid: Launcher(self)  # type: ignore[assignment]
     from tests.device_state import State
     from vllm_lsa.device.state import DeviceRefresh, DeviceTails

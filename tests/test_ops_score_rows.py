@@ -81,12 +81,56 @@ def outcomes(q, cells, rows, sets, num_pages, **options):
     return results
 
 
-def assert_same(results, within=0.02):
+def assert_same(results, within=1e-3):
     want = results.pop("naive")
     assert (~want.isnan()).any()
     for form, got in results.items():
-        bound = within if form == "cuda" else 1e-3
-        torch.testing.assert_close(got, want, atol=bound, rtol=1e-5, equal_nan=True, msg=lambda m, f=form: f"{f}: {m}")
+        torch.testing.assert_close(got, want, atol=within, rtol=1e-5, equal_nan=True, msg=lambda m, f=form: f"{f}: {m}")
+
+
+def stepped(q, cells, rows, sets, num_pages, chunk, scale, to_query, centroids):
+    """Twin of the CUDA kernel's rounding: (logits, the step of each, NaN where nothing is written).
+
+    Look-ups are rounded down to steps of which the ranges of four subspaces in a row have 255 together at most.
+    """
+    heads, subspaces = cells.shape[1], centroids.shape[1]
+    logits, steps = torch.full((2, num_pages, q.shape[1], PAGE), float("nan"), device=DEVICE)
+    for i in range(len(rows.length)):
+        state, chunks = int(rows.state[i]), max(0, int(rows.length[i]) - 1) // chunk
+        if state < 0 or not chunks:
+            continue
+        query = q[int(rows.token[i])].float().unflatten(0, (heads, -1))
+        lifted = torch.einsum("hde,hge->hgd", to_query, query).unflatten(2, (subspaces, -1))
+        table = scale * torch.einsum("hgmw,hmcw->hgmc", lifted, centroids)
+        low = table.amin(3, keepdim=True)
+        ranges = torch.nn.functional.pad(table.amax(3) - low[..., 0], (0, -subspaces % 4))
+        step = ranges.unflatten(2, (-1, 4)).sum(3).amax(2)[..., None, None] / 255
+        table = low + step * (((table - low) / step).floor() + 0.5)
+        blocks = rows.block_table[i, : -(-chunks // cells.shape[2])].long()
+        codes = cells[blocks].transpose(1, 2).flatten(0, 1)[:chunks].unflatten(2, (subspaces, chunk)).long()
+        c = torch.arange(chunks, device=DEVICE)
+        page = sets.pages[state, c // PAGE].long()
+        at = codes.permute(1, 2, 0, 3).flatten(2)[:, None].expand(-1, table.shape[1], -1, -1)
+        of_tokens = table.gather(3, at).sum(2).unflatten(2, (chunks, chunk))
+        logits[page, :, c % PAGE] = of_tokens.logsumexp(3).flatten(0, 1).T
+        steps[page, :, c % PAGE] = step.flatten().expand(chunks, -1)
+    return logits, steps
+
+
+def assert_product(args, options):
+    """All forms: Triton as its twin, CUDA as the one that rounds as it does, and that not far from the exact one."""
+    results = outcomes(*args, **options)
+    if "cuda" in results:
+        got, exact = results.pop("cuda"), results["naive"]
+        want, steps = stepped(*args, **options)
+        written = ~want.isnan()
+        assert torch.equal(written, ~got.isnan())
+        # An entry next to a step may fall on the other side of it: two in one token are rare.
+        off = ((got - want).abs() / steps)[written]
+        assert off.max() < 2.1 and off.mean() < 0.1, (off.max(), off.mean())
+        rounded = ((got - exact).abs() / steps)[written]
+        assert rounded.max() < options["centroids"].shape[1] / 2 + 0.1
+    assert_same(results)
 
 
 # KV heads, query heads per KV head, D, M, C, chunks per block
@@ -115,13 +159,12 @@ def test_product_scores_equal_the_twin(shape):
     lengths = [0, 37 * chunk + 1, 5 * chunk, 1, 0, 3 * chunk + 5, chunk, chunk + 1]
     budget = [False, True, True, True, True, False, True, True]
     dtype = [torch.float32, torch.bfloat16, torch.float16][sum(shape) % 3]
-    args, options = product_case(shape, lengths, budget, dtype)
-    assert_same(outcomes(*args, **options))
+    assert_product(*product_case(shape, lengths, budget, dtype))
 
 
 def test_product_scores_over_several_state_pages():
-    args, options = product_case((2, 4, 16, 16, 8, 4), [8 * 201, 0, 8 * 64 + 3, 8 * 65 + 1], [True] * 4, torch.bfloat16)
-    assert_same(outcomes(*args, **options))
+    lengths = [8 * 201, 0, 8 * 64 + 3, 8 * 65 + 1]
+    assert_product(*product_case((2, 4, 16, 16, 8, 4), lengths, [True] * 4, torch.bfloat16))
 
 
 # KV heads, query heads per KV head, D, C, chunks per block
@@ -166,7 +209,8 @@ def test_captured_scores_follow_the_rows(product):
     graph.replay()
     options.pop("scratch", None)
     score_rows_naive(q, cells, rows, sets, logits=want, **options)
-    assert_same({"cuda": logits, "naive": want})
+    steps = stepped(q, cells, rows, sets, num_pages, **options)[1] if product else torch.zeros(1)
+    assert_same({"cuda": logits, "naive": want}, within=max(1e-3, 4 * float(steps.nan_to_num().max())))
 
 
 def test_refusals():

@@ -4,6 +4,9 @@
 // the table of a subspace lies in one *column* of banks, and lanes that are served at a time read different subspaces:
 // lane i scores its own chunk and at step s takes subspace i ^ s. No two lanes ever meet, whatever the codes are. The
 // same order keeps the codes, staged as they lie in the cells, free of conflicts, and a chunk's tokens stay in a lane.
+//
+// An entry has a byte a head, four heads a word, and the entries of four subspaces are added in bytes before they are
+// widened: what they may reach together is 255 steps, which is what a step follows from.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -18,15 +21,15 @@ namespace {
 
 constexpr int kCodes = 256;
 constexpr int kLine = 128;  // bytes of shared memory that all banks deliver at a time
-constexpr int kThreads = 384, kWarps = kThreads / 32;
-constexpr int kStep = 2;  // subspaces whose look-ups are under way together
+constexpr int kMostThreads = 640, kLeastThreads = 256;  // of a block that scores
+constexpr int kTogether = 4;  // subspaces whose entries are added in bytes, and whose look-ups are under way together
 constexpr int kMaxRows = 1024;
 constexpr int kMaxSlab = 16;  // subspaces; with more, the codes of 32 chunks would take half of a multiprocessor
 constexpr int kMaxPadded = 32;
 constexpr int kStatePage = 64;
 constexpr int kMaxDevices = 64;
 constexpr float kFraction = 65535;  // of a range
-constexpr float kMost = 65500;      // of all ranges together: what rounding adds still fits into 16 bits
+constexpr float kMost = 255;        // steps of the ranges of subspaces that are added in bytes
 constexpr float kLn2 = 0.69314718055994530942f;
 
 struct Params {
@@ -43,9 +46,8 @@ struct Params {
   int64_t table_stride;
   const int* pages;  // [rows, ..]
   int64_t pages_stride;
-  // The tables as they lie in shared memory: [n, Hkv, passes, slabs, 256, 128 bytes]. A line has all columns of a slab.
-  uint8_t* tables;
-  float2* bounds;   // [n, Hkv, passes, padded, W]: the least value of a head in a subspace, and the range from there
+  uint16_t* tables;  // [n, Hkv, passes, slabs, 256, rows, W]: fractions of a head's range in a subspace
+  float2* bounds;    // [n, Hkv, passes, padded, W]: the least value of a head in a subspace, and the range from there
   float* logits;    // [state pages, Hq, 64]
   int n, kv_heads, group, subspaces, dim, chunk;
   float factor;  // scale * log2 e
@@ -59,6 +61,20 @@ __device__ int num_chunks(const Params& p, int row) {
   return (state >= 0) & (length > 0) ? (length - 1) / p.chunk : 0;
 }
 
+// With programmatic launches a kernel begins before the ones ahead of it end. `await_grid` waits for those, and every
+// block calls it before it ends, so that whoever waits for this kernel waits for them too.
+__device__ void await_grid() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 __device__ float to_float(float x) { return x; }
 __device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ float to_float(__half x) { return __half2float(x); }
@@ -70,10 +86,12 @@ __device__ int order(int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 // their head's range in the subspace. Only latency counts here, so all that memory holds is asked for at once.
 template <int W, typename Q>
 __global__ void __launch_bounds__(kCodes, 4) build_tables(Params p) {
-  constexpr int kColumns = kLine / (2 * W), kHeld = 2, kAlign = W < 4 ? 8 : 16;
+  constexpr int kHeld = 2, kAlign = 16;
   extern __shared__ __align__(16) float lifted[];  // [width, passes * W]
   __shared__ __align__(16) int least[W][kCodes / 32], most[W][kCodes / 32];
   const int m = blockIdx.x, h = blockIdx.y, row = blockIdx.z;
+  await_grid();
+  let_next_begin();
   const int length = p.length[row], state = p.state[row], token = p.token[row];
   if (!((length > p.chunk) & (state >= 0) & (token >= 0))) return;  // tested together, so loaded together
   const int width = p.width, heads = p.passes * W, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -155,16 +173,15 @@ __global__ void __launch_bounds__(kCodes, 4) build_tables(Params p) {
       entry[w] = uint16_t(min(__float2uint_rn((x[w] - low) * scale), uint32_t(kFraction)));
       if (!threadIdx.x) p.bounds[(item * p.padded + m) * W + w] = make_float2(low, range);
     }
-    uint8_t* line = p.tables + ((item * p.slabs + (m >> p.log_rows)) * kCodes + threadIdx.x) * kLine;
-    // Fewer subspaces than columns: copies, for lanes that would meet otherwise.
-    for (int column = m & (p.rows - 1); column < kColumns; column += p.rows)
-      __builtin_memcpy(__builtin_assume_aligned(line + column * 2 * W, 2 * W), entry, 2 * W);
+    const int64_t line = (item * p.slabs + (m >> p.log_rows)) * kCodes + threadIdx.x;
+    uint8_t* const to = reinterpret_cast<uint8_t*>(p.tables + (line * p.rows + (m & (p.rows - 1))) * W);
+    __builtin_memcpy(__builtin_assume_aligned(to, 2 * W), entry, 2 * W);
     __syncthreads();
   }
 }
 
 template <int W>
-using Entry = std::conditional_t<W == 2, uint32_t, std::conditional_t<W == 4, uint2, uint4>>;
+using Entry = std::conditional_t<W == 4, uint32_t, uint2>;
 
 template <int T>
 using Codes = std::conditional_t<T == 8, uint2, uint4>;
@@ -189,31 +206,33 @@ __device__ float exp2_fast(float x) {
 // Adds a slab's tables to sums, two heads a word. codes: the lane's own, [rows, T] bytes.
 template <int W, int T>
 __device__ void look_up(const uint8_t* table, const uint8_t* codes, int rows, int lane, uint32_t (&sums)[T][W / 2]) {
-  constexpr int kColumns = kLine / (2 * W);
+  constexpr int kColumns = kLine / W;
   const uint32_t begin = uint32_t(__cvta_generic_to_shared(table));
-  for (int s = 0; s < rows; s += kStep) {
-    uint32_t column[kStep], words[kStep][T / 4];
+  for (int s = 0; s < rows; s += kTogether) {
+    uint32_t column[kTogether], words[kTogether][T / 4];
 #pragma unroll
-    for (int k = 0; k < kStep; k++) {
+    for (int k = 0; k < kTogether; k++) {
       const int c = (lane ^ (s + k)) % kColumns;
-      column[k] = begin + c * 2 * W;
+      column[k] = begin + c * W;
       asm("" : "+r"(column[k]));  // or else begin is added at each look-up
       const Codes<T> x = *reinterpret_cast<const Codes<T>*>(codes + (c & (rows - 1)) * T);
       __builtin_memcpy(words[k], &x, T);
     }
 #pragma unroll
     for (int t = 0; t < T; t++) {
-      uint32_t x[kStep][W / 2];
+      uint32_t x[kTogether][W / 4];
 #pragma unroll
-      for (int k = 0; k < kStep; k++) {
+      for (int k = 0; k < kTogether; k++) {
         const uint32_t code = __byte_perm(words[k][t / 4], 0, 0x4440 + t % 4);
         const Entry<W> entry = *static_cast<const Entry<W>*>(__cvta_shared_to_generic(column[k] + code * kLine));
         __builtin_memcpy(x[k], &entry, sizeof entry);
       }
 #pragma unroll
-      for (int k = 0; k < kStep; k += 2)
-#pragma unroll
-        for (int i = 0; i < W / 2; i++) sums[t][i] += x[k][i] + x[k + 1][i];
+      for (int i = 0; i < W / 4; i++) {
+        const uint32_t sum = x[0][i] + x[1][i] + x[2][i] + x[3][i];
+        sums[t][2 * i] += __byte_perm(sum, 0, 0x4240);
+        sums[t][2 * i + 1] += __byte_perm(sum, 0, 0x4341);
+      }
     }
   }
 }
@@ -225,50 +244,60 @@ __device__ float plus_magic(uint32_t word, int which) {
   return __uint_as_float(__byte_perm(word, 0x4b000000, which ? 0x7632 : 0x7610));
 }
 
-// A table of an item to shared memory, its entries as multiples of the item's `steps`, of which the largest sum over
-// subspaces has 16 bits. The logits are offsets + steps * sum.
+// A table of an item to shared memory: [slabs, 256, 128 bytes], entries as multiples of the item's `steps`, with heads
+// 0, 2, 1, 3 in the bytes of a word. A line has the columns of a slab, and copies of them where it has room, for lanes
+// that would meet otherwise. The logits are offsets + steps * sum.
 template <int W>
 __device__ void load_tables(const Params& p, int64_t which, uint8_t* tables, uint32_t (&factors)[kMaxPadded][W],
                             float (&steps)[W], float (&offsets)[W]) {
-  constexpr int kVectors = kCodes * kLine / 16, kHeld = (kVectors + kThreads - 1) / kThreads;
+  constexpr int kHeld = 4;  // vectors on their way; one of 8 fractions becomes two words
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int width = p.rows * W / 8, vectors = kCodes * width, bytes = p.rows * W;  // of a line
+  const int column = threadIdx.x % width;  // the same for all vectors of a thread
   for (int slab = 0; slab < p.slabs; slab++) {
-    const uint4* source = reinterpret_cast<const uint4*>(p.tables + (which * p.slabs + slab) * kCodes * kLine);
-    uint4 held[kHeld];
-#pragma unroll
-    for (int k = 0; k < kHeld; k++) {
-      const int i = threadIdx.x + k * kThreads;
-      held[k] = i < kVectors ? source[i] : uint4{};
-    }
-    if (!slab) {
-      if (warp < W) {
-        const float2 bound = lane < p.padded ? p.bounds[(which * p.padded + lane) * W + warp] : make_float2(0, 0);
-        float low = bound.x, range = bound.y;
-        for (int i = 16; i; i /= 2) {
-          low += __shfl_xor_sync(~0u, low, i);
-          range += __shfl_xor_sync(~0u, range, i);
-        }
-        // Entries are rounded down, and by half a step each on average.
-        const float step = range * (1 / kMost);
-        factors[lane][warp] = range > 0 ? __float2uint_rz(bound.y / range * (kMost / kFraction * 4294967296.f)) : 0;
-        if (!lane) steps[warp] = step, offsets[warp] = low + 0.5f * step * p.subspaces;
-      }
-      __syncthreads();
-    }
+    const uint4* source = reinterpret_cast<const uint4*>(p.tables) + (which * p.slabs + slab) * vectors;
     uint32_t factor[8];
+    for (int begin = threadIdx.x; begin - int(threadIdx.x) < vectors; begin += kHeld * blockDim.x) {
+      uint4 held[kHeld];
 #pragma unroll
-    for (int j = 0; j < 8; j++)
-      factor[j] = factors[slab * p.rows + ((threadIdx.x % 8 * 8 + j) / W & (p.rows - 1))][j % W];
+      for (int k = 0; k < kHeld; k++) {
+        const int i = begin + k * blockDim.x;
+        held[k] = i < vectors ? source[i] : uint4{};
+      }
+      if (begin == threadIdx.x) {
+        if (!slab) {
+          if (warp < W) {
+            const float2 bound = lane < p.padded ? p.bounds[(which * p.padded + lane) * W + warp] : make_float2(0, 0);
+            float low = bound.x, most = bound.y;
+            for (int i = 16; i; i /= 2) low += __shfl_xor_sync(~0u, low, i);
+            for (int i = 1; i < kTogether; i *= 2) most += __shfl_xor_sync(~0u, most, i);
+            for (int i = kTogether; i < 32; i *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
+            // Entries are rounded down, and by half a step each on average.
+            const float step = most * (1 / kMost);
+            factors[lane][warp] = most > 0 ? __float2uint_rz(bound.y / most * (kMost / kFraction * 4294967296.f)) : 0;
+            if (!lane) steps[warp] = step, offsets[warp] = low + 0.5f * step * p.subspaces;
+          }
+          __syncthreads();
+        }
 #pragma unroll
-    for (int k = 0; k < kHeld; k++) {
-      const int i = threadIdx.x + k * kThreads;
-      uint32_t words[4];
-      __builtin_memcpy(words, &held[k], sizeof words);
+        for (int j = 0; j < 8; j++) factor[j] = factors[slab * p.rows + (8 * column + j) / W][j % W];
+      }
 #pragma unroll
-      for (int j = 0; j < 4; j++)
-        words[j] = __umulhi(words[j] & 0xffff, factor[2 * j]) | __umulhi(words[j] >> 16, factor[2 * j + 1]) << 16;
-      __builtin_memcpy(&held[k], words, sizeof words);
-      if (i < kVectors) *reinterpret_cast<uint4*>(tables + slab * kCodes * kLine + 16 * i) = held[k];
+      for (int k = 0; k < kHeld; k++) {
+        const int i = begin + k * blockDim.x;
+        uint32_t words[4], packed[2];
+        __builtin_memcpy(words, &held[k], sizeof words);
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          const uint32_t first = words[2 * j], last = words[2 * j + 1];
+          packed[j] = __umulhi(first & 0xffff, factor[4 * j]) | __umulhi(first >> 16, factor[4 * j + 1]) << 16 |
+                      __umulhi(last & 0xffff, factor[4 * j + 2]) << 8 | __umulhi(last >> 16, factor[4 * j + 3]) << 24;
+        }
+        if (i >= vectors) continue;
+        uint8_t* const line = tables + (slab * kCodes + i / width) * kLine + 8 * column;
+        for (int at = 0; at < kLine; at += bytes)
+          *reinterpret_cast<uint2*>(line + at) = make_uint2(packed[0], packed[1]);
+      }
     }
   }
 }
@@ -277,12 +306,14 @@ __device__ void load_tables(const Params& p, int64_t which, uint8_t* tables, uin
 // pass, for one warp; a block's units are consecutive, so that it rarely changes its table. A warp's next codes are on
 // their way while it does what follows its look-ups, its next entries of the block table before that.
 template <int W, int T>
-__global__ void __launch_bounds__(kThreads, 2) score(Params p) {
+__global__ void __launch_bounds__(kMostThreads) score(Params p) {
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ int ends[kMaxRows];  // units of the rows up to each
   __shared__ uint32_t factors[kMaxPadded][W];
   __shared__ float steps[W], offsets[W];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, items = p.kv_heads * p.passes;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int items = p.kv_heads * p.passes;
+  let_next_begin();
   if (!warp) {
     int sum = 0;
     for (int begin = 0; begin < p.n; begin += 32) {
@@ -332,11 +363,12 @@ __global__ void __launch_bounds__(kThreads, 2) score(Params p) {
     int tile = begin + warp, block = find(tile);
     if (tile < end) stage(tile, block, 0, 0);
     __syncthreads();
+    await_grid();
     load_tables<W>(p, int64_t(row) * items + item, shared, factors, steps, offsets);
     __syncthreads();
 
     while (tile < end) {
-      const int c = 32 * tile + lane, after = tile + kWarps, next = find(after);
+      const int c = 32 * tile + lane, after = tile + warps, next = find(after);
       const int page = c < chunks ? pages[c / kStatePage] : 0;
       uint32_t x[T][W / 2] = {}, peak[W / 2] = {};
       float total[W] = {};
@@ -382,53 +414,86 @@ __global__ void __launch_bounds__(kThreads, 2) score(Params p) {
     }
     unit += end - begin;
   }
+  await_grid();
+}
+
+// A launch that may begin before the kernel ahead of it has ended, where the device can do that.
+template <typename... Arguments>
+cudaError_t launch_early(void (*kernel)(Arguments...), dim3 grid, int threads, int bytes, bool can,
+                         cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchAttribute early;
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = can;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 template <int W>
-cudaError_t launch_tables(const Params& p, cudaStream_t stream) {
+cudaError_t launch_tables(const Params& p, bool early, cudaStream_t stream) {
   const dim3 grid(p.padded, p.kv_heads, p.n);
   const int lifted = p.width * p.passes * W * int(sizeof(float));
-  if (p.q_dtype == 0)
-    build_tables<W, float><<<grid, kCodes, lifted, stream>>>(p);
-  else if (p.q_dtype == 1)
-    build_tables<W, __nv_bfloat16><<<grid, kCodes, lifted, stream>>>(p);
-  else
-    build_tables<W, __half><<<grid, kCodes, lifted, stream>>>(p);
-  return cudaGetLastError();
+  const auto kernel = p.q_dtype == 0   ? build_tables<W, float>
+                      : p.q_dtype == 1 ? build_tables<W, __nv_bfloat16>
+                                       : build_tables<W, __half>;
+  return launch_early(kernel, grid, kCodes, lifted, early, stream, p);
+}
+
+// How the kernel is launched on a device: found out by the first launch, for a number of tables and of rows of theirs.
+struct Shape {
+  int slabs, rows, threads, bytes, blocks;
+  bool early;
+};
+
+template <int W, int T>
+cudaError_t find_shape(int device, int slabs, int rows, Shape& shape) {
+  int most, multiprocessors, major, blocks;
+  cudaFuncAttributes own;
+  cudaError_t error = cudaFuncGetAttributes(&own, score<W, T>);
+  if (!error) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (!error) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error) return error;
+  // As many warps as have room for their codes beside the tables.
+  const int tables = slabs * kCodes * kLine, codes = 32 * rows * T;
+  const int threads = min(kMostThreads, (most - int(own.sharedSizeBytes) - tables) / codes * 32);
+  if (threads < kLeastThreads) return cudaErrorInvalidConfiguration;
+  const int bytes = tables + threads / 32 * codes;
+  error = cudaFuncSetAttribute(score<W, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (!error) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, score<W, T>, threads, bytes);
+  if (error) return error;
+  if (!blocks) return cudaErrorInvalidConfiguration;
+  shape = {slabs, rows, threads, bytes, multiprocessors * blocks, major >= 9};
+  return cudaSuccess;
 }
 
 template <int W, int T>
 cudaError_t launch(Params p, cudaStream_t stream) {
-  constexpr int kColumns = kLine / (2 * W);
+  constexpr int kColumns = kLine / W;
   p.passes = (p.group + W - 1) / W;
   p.width = p.dim / p.subspaces;
-  p.rows = 4, p.log_rows = 2;
+  p.rows = kTogether, p.log_rows = 2;
   while (p.rows < p.subspaces && p.rows < min(kColumns, kMaxSlab)) p.rows *= 2, p.log_rows++;
   p.slabs = (p.subspaces + p.rows - 1) / p.rows;
   p.padded = p.slabs * p.rows;
-  p.bounds = reinterpret_cast<float2*>(p.tables + int64_t(p.n) * p.kv_heads * p.passes * p.slabs * kCodes * kLine);
-  const int bytes = p.slabs * kCodes * kLine + kWarps * 32 * p.rows * T;
+  p.bounds = reinterpret_cast<float2*>(p.tables + int64_t(p.n) * p.kv_heads * p.passes * p.padded * kCodes * W);
 
-  // Blocks that fit on the device at a time, by number of bytes: the first launch finds out.
-  static int known_bytes[kMaxDevices], known_grid[kMaxDevices];
+  static Shape known[kMaxDevices];
   int device;
   cudaError_t error = cudaGetDevice(&device);
   if (error) return error;
   if (device >= kMaxDevices) return cudaErrorInvalidDevice;
-  if (known_bytes[device] != bytes) {
-    int multiprocessors, blocks;
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (!error) error = cudaFuncSetAttribute(score<W, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (!error) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, score<W, T>, kThreads, bytes);
-    if (error) return error;
-    if (!blocks) return cudaErrorInvalidConfiguration;
-    known_grid[device] = multiprocessors * blocks;
-    known_bytes[device] = bytes;
-  }
-  error = launch_tables<W>(p, stream);
+  Shape& shape = known[device];
+  if (shape.slabs != p.slabs || shape.rows != p.rows) error = find_shape<W, T>(device, p.slabs, p.rows, shape);
   if (error) return error;
-  score<W, T><<<known_grid[device], kThreads, bytes, stream>>>(p);
-  return cudaGetLastError();
+  error = launch_tables<W>(p, shape.early, stream);
+  if (error) return error;
+  return launch_early(score<W, T>, dim3(shape.blocks), shape.threads, shape.bytes, shape.early, stream, p);
 }
 
 }  // namespace
@@ -447,14 +512,13 @@ LSA_EXPORT int lsa_product_score_rows(
   if (n > kMaxRows) return cudaErrorInvalidValue;
   const Params p = {q,           q_token_stride, q_head_stride, q_dtype,   to_query, centroids, cells,
                     block_stride, head_stride,    chunk_stride,  per_block, token,    length,    state,
-                    block_table, table_stride,   pages,         pages_stride, scratch, nullptr,  logits,
+                    block_table, table_stride,   pages,         pages_stride, reinterpret_cast<uint16_t*>(scratch), nullptr, logits,
                     n,           kv_heads,       group,         subspaces, dim,      chunk,     factor,
                     0,           0,              0,             0,         0,        0};
   const auto on = static_cast<cudaStream_t>(stream);
   const bool wide = chunk % 16 == 0;
   if (group > 4) return launch<8, 8>(p, on);  // 16 tokens of 8 heads would not fit into the registers
-  if (group > 2) return wide ? launch<4, 16>(p, on) : launch<4, 8>(p, on);
-  return wide ? launch<2, 16>(p, on) : launch<2, 8>(p, on);
+  return wide ? launch<4, 16>(p, on) : launch<4, 8>(p, on);
 }
 
 LSA_EXPORT const char* lsa_cuda_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -5,6 +5,7 @@ A lane is decided by one program, which is alone in writing the lane's list, so 
 
 import triton
 import triton.language as tl
+from vllm_lsa.kernels.early import await_grid
 
 
 @triton.jit
@@ -93,13 +94,15 @@ def _stats(
 def mass_stats_kernel(
     length, state, all_pages, logits, top_of, sum_of, pages_stride,
     CHUNK: tl.constexpr, PAGE: tl.constexpr, Q_HEADS: tl.constexpr, LANE_Q: tl.constexpr, LANE_Q_PAD: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """For each row, lane of a layer and split of its chunks: each head's maximum and sum of the softmax.
 
     logits: fp32 [state pages, Q_HEADS, PAGE], estimated log mass of each full chunk. top_of, sum_of: fp32 [rows, lanes
     of the layer, LANE_Q_PAD, SPLITS].
     """
+    if EARLY:
+        await_grid()
     row = tl.program_id(0)
     local = tl.program_id(1)
     part = tl.program_id(2)
@@ -121,12 +124,14 @@ def mass_kernel(
     length, state, all_pages, held, usage, logits, top_of, sum_of, wanted_of, best_of, where_of,
     pages_stride, lanes, lane_first, threshold, decay,
     CHUNK: tl.constexpr, PAGE: tl.constexpr, Q_HEADS: tl.constexpr, LANE_Q: tl.constexpr, LANE_Q_PAD: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """For each row, lane of a layer and split: notes usage, and the mass of what may come in place of the lane's first
     head's logits, -1 for the rest. wanted_of, best_of, where_of: [rows, lanes of the layer, SPLITS], how many may come,
     the most mass, and whose it is.
     """
+    if EARLY:
+        await_grid()
     row = tl.program_id(0)
     local = tl.program_id(1)
     part = tl.program_id(2)
@@ -187,7 +192,7 @@ def pick_kernel(
     host_delta, table_stride, pages_stride, lanes, lane_first, sink, recency,
     ELEMENTS: tl.constexpr, TILE: tl.constexpr,
     MOST: tl.constexpr, CHUNK: tl.constexpr, PER_BLOCK: tl.constexpr, PAGE: tl.constexpr,
-    Q_HEADS: tl.constexpr, LANE_Q: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    Q_HEADS: tl.constexpr, LANE_Q: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program for each row and lane of a layer, after `mass_kernel`: what comes, what leaves, into which slot; then
     it copies what comes from the host.
@@ -195,6 +200,8 @@ def pick_kernel(
     victims: int32 [rows, lanes of the layer, MOST + 1], scratch. fetch_page, fetch_slot: [rows, lanes of the layer,
     MOST], what is copied, -1 for nothing. demanded: int64 [1], counted up. ELEMENTS: of a page.
     """
+    if EARLY:
+        await_grid()
     row = tl.program_id(0)
     local = tl.program_id(1)
     place = row * tl.num_programs(1) + local

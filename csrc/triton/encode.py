@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from vllm_lsa.device.state import PAGE, DeviceRows, DeviceSets
+from vllm_lsa.kernels.early import await_grid
+from vllm_lsa.ops.early import early
 
 # Where chunk i comes from: tokens source[i].. of a step, host page source[i], or the end of row i's source[i] tokens.
 TOKENS, PAGES, ROWS = 0, 1, 2
@@ -98,11 +100,13 @@ def _product(
     KIND: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, PER_BLOCK: tl.constexpr, LAYER_LANES: tl.constexpr,
     LAYERS: tl.constexpr, LANE_HEADS: tl.constexpr, PAGE: tl.constexpr, D_PAD: tl.constexpr, M: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr,
-    SUBSPACES: tl.constexpr, ROWS_PAD: tl.constexpr,
+    SUBSPACES: tl.constexpr, ROWS_PAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs, Hkv, M / SUBSPACES), where a program's keys are TOKENS rows of one matrix: of CHUNKS chunks one
     after the other, or for ROWS of a chunk that a row has completed. Few have, so it's few programs that find theirs.
     """
+    if EARLY:
+        await_grid()
     h, r = tl.program_id(1), tl.arange(0, TOKENS)
     if KIND == _ROWS:
         rows = tl.arange(0, ROWS_PAD)
@@ -142,8 +146,11 @@ def _mean_key(
     host_delta, n, row_blocks, row_pages, key_token, key_head, layer, cell_block, cell_head, cell_chunk,
     KIND: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, PER_BLOCK: tl.constexpr, LAYER_LANES: tl.constexpr,
     LAYERS: tl.constexpr, LANE_HEADS: tl.constexpr, PAGE: tl.constexpr, D_PAD: tl.constexpr, CHUNK_PAD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, Hkv)."""
+    if EARLY:
+        await_grid()
     h = tl.program_id(1)
     valid, first, block, place = _locate(
         tl.program_id(0), h, n, source, blocks, places, state, slot_of, set_pages, counts, entry_slot, host_delta,
@@ -202,6 +209,7 @@ def encode(
     static: dict[str, Any] = dict(
         KIND=kind, CHUNK=chunk, D=dim, PER_BLOCK=per_block, LAYER_LANES=layer_lanes, LAYERS=layers,
         LANE_HEADS=lane_heads, PAGE=PAGE, D_PAD=max(16, triton.next_power_of_2(dim)),
+        **(early(cells.device) if kind == ROWS else {"EARLY": False}),
     )  # fmt: skip
     if tables is None:
         _mean_key[(n, kv_heads)](

@@ -6,6 +6,7 @@ read on the device and the grids follow from shapes alone, so both kernels can b
 
 import triton
 import triton.language as tl
+from vllm_lsa.kernels.early import await_grid
 
 
 @triton.jit
@@ -90,6 +91,7 @@ def attend(
     MIN_TILES: tl.constexpr,
     DIRECT: tl.constexpr,
     WIDEN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (row and KV head, split): attention of the head's group over the split's share of the row's tokens.
 
@@ -98,6 +100,8 @@ def attend(
     of a split. DIRECT: there is one split, which writes `out`; else `partial` and `lse` (base 2) are for `merge`.
     WIDEN: products of fp32 numbers, for Triton's interpreter, whose `dot` takes bf16 for integers.
     """
+    if EARLY:
+        await_grid()
     row = tl.program_id(0) // KV_HEADS
     head = tl.program_id(0) % KV_HEADS
     split = tl.program_id(1)
@@ -210,8 +214,11 @@ def merge(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (row, query head): the splits' results by log-sum-exp. A split with lse -inf was idle: not read."""
+    if EARLY:
+        await_grid()
     row = tl.program_id(0)
     head = tl.program_id(1)
     if tl.load(length + row) <= 0:

@@ -4,11 +4,15 @@ Launched by `vllm_lsa.ops.score_rows`, which explains the operands. A row's cont
 follow from shapes alone.
 """
 
+from typing import Any
+
 import torch
 
 import triton
 import triton.language as tl
 from vllm_lsa.device.state import PAGE, DeviceRows, DeviceSets
+from vllm_lsa.kernels.early import await_grid
+from vllm_lsa.ops.early import early
 
 _LOG2E = 1.4426950408889634
 _PROGRAMS = 4096  # more than keep a device busy, since those of rows that do not take part end at once
@@ -19,9 +23,11 @@ _STRIDES = ["q_token", "q_head", "cell_block", "cell_head", "cell_chunk", "row_b
 def _tables(
     q, to_query, centroids, token, length, state, out, q_token, q_head, factor,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
-    D_PAD: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHUNK: tl.constexpr,
+    D_PAD: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[row, h, m, 256, GROUP_PAD]: what each centroid adds to the logits in base 2. Grid (M, Hkv, n)."""
+    if EARLY:
+        await_grid()
     m, h, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if tl.load(state + row) >= 0 and tl.load(length + row) > CHUNK:
         e, d, c = tl.arange(0, D_PAD), tl.arange(0, WIDTH_PAD), tl.arange(0, 256)
@@ -47,8 +53,11 @@ def _product(
     cell_block, cell_head, cell_chunk, row_blocks, row_pages, splits,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr,
     CHUNK_PAD: tl.constexpr, PER_BLOCK: tl.constexpr, STATE_PAGE: tl.constexpr, TILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (n·Hkv, splits): a program takes every splits-th tile of TILE chunks."""
+    if EARLY:
+        await_grid()
     row, h = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     set_row = tl.load(state + row)
     tokens = tl.load(length + row)
@@ -80,8 +89,11 @@ def _mean_key(
     q_token, q_head, cell_block, cell_head, cell_chunk, row_blocks, row_pages, splits, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     CHUNK: tl.constexpr, PER_BLOCK: tl.constexpr, STATE_PAGE: tl.constexpr, TILE: tl.constexpr, WIDEN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (n·Hkv, splits): a program takes every splits-th tile of TILE chunks, all query heads of the group."""
+    if EARLY:
+        await_grid()
     row, h = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     set_row = tl.load(state + row)
     tokens = tl.load(length + row)
@@ -129,7 +141,9 @@ def score_product(
     """`score_rows` of the product index; scratch: see `score_scratch`."""
     n, (_, q_heads, dim), (_, kv_heads, per_block, _) = len(rows.length), q.shape, cells.shape
     subspaces, width, group = centroids.shape[1], centroids.shape[3], q_heads // kv_heads
-    heads = {"HEADS": kv_heads, "GROUP": group, "GROUP_PAD": -(-group // 4) * 4, "M": subspaces, "CHUNK": chunk}
+    heads: dict[str, Any] = dict(
+        HEADS=kv_heads, GROUP=group, GROUP_PAD=-(-group // 4) * 4, M=subspaces, CHUNK=chunk, **early(q.device)
+    )
     tables = scratch.view(torch.float32)
     _tables[(subspaces, kv_heads, n)](
         q, to_query, centroids, rows.token, rows.length, rows.state, tables, q.stride(0), q.stride(1), scale * _LOG2E,
@@ -161,7 +175,7 @@ def score_mean_key(
         q.stride(0), q.stride(1), *cells.stride()[:3], rows.block_table.stride(0), sets.pages.stride(0), splits, scale,
         HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), D=dim,
         D_PAD=max(16, triton.next_power_of_2(dim)), CHUNK=chunk, PER_BLOCK=per_block, STATE_PAGE=PAGE, TILE=tile,
-        WIDEN=INTERPRETED and q.dtype == torch.bfloat16,
+        WIDEN=INTERPRETED and q.dtype == torch.bfloat16, **early(q.device),
     )  # fmt: skip
 
 

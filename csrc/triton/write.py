@@ -5,6 +5,7 @@ The host store is pinned, so its pages are addressed like device memory: their o
 
 import triton
 import triton.language as tl
+from vllm_lsa.kernels.early import await_grid
 
 
 @triton.jit(do_not_specialize=["layer", "lane_first"])
@@ -12,12 +13,14 @@ def write_rows_kernel(
     q, k, v, pool, queries, token, length, query_row, tail_page, tail_slot,
     host_delta, q_stride, k_stride, v_stride, query_stride, lanes, lane_first, layer,
     GROUP: tl.constexpr, LANE_HEADS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    PER_BLOCK: tl.constexpr,
+    PER_BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program for each decode row and KV head: its K and V to the tail, its queries to the buffer.
 
     tail_page: int64 [rows], the tail's page in lane 0. tail_slot: int32 [rows, lanes], -1 for none.
     """
+    if EARLY:
+        await_grid()
     row = tl.program_id(0)
     head = tl.program_id(1)
     lane = lane_first + head // LANE_HEADS

@@ -9,6 +9,7 @@ import torch
 
 from vllm_lsa.device.state import PAGE, DeviceRows, DeviceSets
 from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.ops.early import early
 from vllm_lsa.ops.native import DTYPES, power_of_two, require, require_tensor, unsupported
 
 _KERNELS = "vllm_lsa.kernels.paged_decode"
@@ -160,12 +161,12 @@ def resident_decode(
         LANE_HEADS=geometry.lane_heads, SET_PAGE=PAGE, VECTOR=16 // dtype.itemsize, TILE=config.tile,
         MIN_TILES=max(1, _SPLIT_TOKENS // config.tile), DIRECT=splits == 1,
         WIDEN=kernels.INTERPRETED and dtype == torch.bfloat16,
-        num_warps=config.warps, num_stages=config.stages,
+        num_warps=config.warps, num_stages=config.stages, **early(pool.device),
     )  # fmt: skip
     if splits > 1:
         kernels.merge[(n, q_heads)](
             scratch.partial, scratch.lse, rows.token, rows.length, out, out.stride(0), out.stride(1), splits,
-            HEADS=q_heads, D=dim, D_PAD=dim_pad, SPLITS_PAD=power_of_two(splits), num_warps=4,
+            HEADS=q_heads, D=dim, D_PAD=dim_pad, SPLITS_PAD=power_of_two(splits), num_warps=4, **early(pool.device),
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import torch
 
 from vllm_lsa.device.state import NEXT, PAGE, DeviceRefresh, DeviceRows, DeviceSets, DeviceTails
 from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.ops.early import early
 from vllm_lsa.ops.native import power_of_two, require
 
 COPY_TILE = 4096
@@ -28,11 +29,8 @@ def host_delta(pool: torch.Tensor, host_pages: torch.Tensor) -> int:
         pool.is_contiguous() and host_pages.is_contiguous() and pool.shape[1:] == host_pages.shape[1:],
         f"pool and host pages must be contiguous pages of one shape: {list(pool.shape)}, {list(host_pages.shape)}",
     )
-    require(
-        host_pages.data_ptr() % 16 == 0 and pool.data_ptr() % 16 == 0, "pool and host pages must begin at 16 bytes"
-    )
+    require(host_pages.data_ptr() % 16 == 0 and pool.data_ptr() % 16 == 0, "pool and host pages must begin at 16 bytes")
     return (host_pages.data_ptr() - pool.data_ptr()) // pool.element_size()
-
 
 
 def write_rows(
@@ -61,7 +59,7 @@ def write_rows(
         host_delta(pool, host_pages), q.stride(0), k.stride(0), v.stride(0), queries.stride(0), g.num_lanes,
         layer * g.layer_lanes, layer,
         GROUP=g.num_q_heads // g.num_kv_heads, LANE_HEADS=g.lane_heads, CHUNK=g.chunk_tokens, DIM=g.head_dim,
-        DIM_PAD=power_of_two(g.head_dim), PER_BLOCK=g.chunks_per_block, num_warps=1,
+        DIM_PAD=power_of_two(g.head_dim), PER_BLOCK=g.chunks_per_block, num_warps=1, **early(pool.device),
     )  # fmt: skip
 
 
@@ -194,12 +192,12 @@ def pick(
     if splits > 1:  # the next kernel does it where each lane has one program anyway
         demand.mass_stats_kernel[grid + (splits,)](
             rows.length, rows.state, sets.pages, scratch.logits, scratch.top, scratch.total, stride,
-            **shape, LANE_Q_PAD=heads, num_warps=4,
+            **shape, LANE_Q_PAD=heads, num_warps=4, **early(pool.device),
         )  # fmt: skip
     demand.mass_kernel[grid + (splits,)](
         rows.length, rows.state, sets.pages, sets.held, sets.usage, scratch.logits, scratch.top, scratch.total,
         scratch.wanted, scratch.best, scratch.where, stride, g.num_lanes, first, threshold, decay,
-        **shape, LANE_Q_PAD=heads, num_warps=4,
+        **shape, LANE_Q_PAD=heads, num_warps=4, **early(pool.device),
     )  # fmt: skip
     demand.pick_kernel[grid](
         rows.length, rows.state, rows.block_table, sets.pages, sets.counts, sets.caps, sets.chunk, sets.slot, sets.held,
@@ -207,7 +205,7 @@ def pick(
         scratch.slot, scratch.demanded, pool, host_delta(pool, host_pages), rows.block_table.stride(0), stride,
         g.num_lanes, first, sink, recency,
         **shape, ELEMENTS=pool[0].numel(), TILE=min(COPY_TILE, power_of_two(pool[0].numel())),
-        MOST=scratch.slot.shape[2], PER_BLOCK=g.chunks_per_block, num_warps=4,
+        MOST=scratch.slot.shape[2], PER_BLOCK=g.chunks_per_block, num_warps=4, **early(pool.device),
     )  # fmt: skip
 
 

@@ -14,7 +14,6 @@ from vllm_lsa.ops.native import DTYPES, gather_cells, require, require_tensor, u
 from vllm_lsa.ops.product_lse import CENTROIDS, product_chunk_logits_paged_naive
 
 _KERNELS = "vllm_lsa.kernels.score"
-_LINE = 128  # bytes of a table's entries for one code, in csrc/cuda/product_score.cu
 MAX_ROWS = 1024
 """Most rows that the CUDA kernel takes."""
 Form = Literal["cuda", "triton"]
@@ -37,19 +36,18 @@ def score_scratch(
     if form == "triton":
         size = 4 * n * kv_heads * subspaces * CENTROIDS * (-(-group // 4) * 4)
     else:
-        width, passes, slabs, padded = _cuda_layout(group, subspaces)
-        size = n * kv_heads * passes * (slabs * CENTROIDS * _LINE + padded * width * 8)
+        width, passes, padded = _cuda_layout(group, subspaces)
+        size = n * kv_heads * passes * padded * width * (2 * CENTROIDS + 8)
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def _cuda_layout(group: int, subspaces: int) -> tuple[int, int, int, int]:
-    """Heads of an entry, passes over the cells, slabs and padded subspaces of a table: as in product_score.cu."""
-    width = 2 if group <= 2 else 4 if group <= 4 else 8
-    per_slab = 4
-    while per_slab < min(subspaces, _LINE // (2 * width), 16):
-        per_slab *= 2
-    slabs = -(-subspaces // per_slab)
-    return width, -(-group // width), slabs, slabs * per_slab
+def _cuda_layout(group: int, subspaces: int) -> tuple[int, int, int]:
+    """Heads of an entry, passes over the cells and padded subspaces of a table: as in product_score.cu."""
+    width = 4 if group <= 4 else 8
+    slab = 4
+    while slab < min(subspaces, 16):
+        slab *= 2
+    return width, -(-group // width), -(-subspaces // slab) * slab
 
 
 def score_rows(
@@ -74,7 +72,8 @@ def score_rows(
 
     Natural log, as `ChunkIndex.paged_logits` has it. Without `centroids` a cell is the mean key, D values of q's dtype.
     With centroids fp32 [Hkv, M, 256, D / M], M up to 32, and to_query fp32 [Hkv, D, D] it is M·C codes, and `scratch`
-    must be of `score_scratch`; look-ups have 16 bits in the CUDA kernel: to about 0.01 of the logit.
+    must be of `score_scratch`. The CUDA kernel rounds look-ups to steps: of what four subspaces in a row may differ by,
+    the most is 255 steps. So a logit is off by a step and a half or so, which is small beside what the codes lose.
     form: `product_form` if None.
 
     Nothing is allocated or read back: fit for a CUDA graph. On CPU tensors this is `score_rows_naive`, unless the
