@@ -276,9 +276,10 @@ def measure(args: argparse.Namespace, shared: Machine, batch: int, context: int)
         variants[True] = Step(Side.lsa(memory, sets, True), queries, kernels)
     checked = sorted({0, memory.scored[0], memory.layers - 1})
     errors = check(stock, list(variants.values()), sets, checked)
+    top_k = kernels.top_k_name(stock.logits)
     note(
         f"{batch} x {context}: checked; largest errors {errors['logits']:.1e} (logits), {errors['attention']:.1e} "
-        f"(attention); top-k {kernels.top_k_name(stock.logits)}"
+        f"(attention); top-k {top_k}"
     )
     graphs = {step: captured(step) for step in (stock, *variants.values())}
     for step, graph in graphs.items():
@@ -318,6 +319,7 @@ def measure(args: argparse.Namespace, shared: Machine, batch: int, context: int)
                 **floors(batch, pages, width, memory.layers, shared.bandwidth),
                 "score_ms": score_ms,
                 "score_ms_per_step": score_ms / PERIOD,
+                "top_k": top_k,
                 "selections": times.selections,
                 "copied_gib_per_cycle": times.copied * sum(x.block_bytes for x in used) / args.cycles / GIB,
                 **planned(context, width + args.next, offloaded),
@@ -420,7 +422,7 @@ def main() -> None:
     parser.add_argument(
         "--topk", default="auto", help="vLLM's sparse_indexer_topk_backend: auto, persistent, per_row …"
     )
-    parser.add_argument("--quick", action="store_true", help="one small case with three layers, to see whether it runs")
+    parser.add_argument("--quick", action="store_true", help="2x1048576 with three layers, to see whether it runs")
     parser.add_argument("--out", type=Path, default=RESULTS / "v4_stack.csv")
     parser.add_argument("--plot", type=Path, nargs="+", metavar="CSV", help="measure nothing: plot into --out's PNG")
     args = parser.parse_args()
@@ -428,7 +430,7 @@ def main() -> None:
         plot(read_rows(args.plot), args.out.with_suffix(".png"))
         return
     if args.quick:
-        args.cases, args.layers, args.steps, args.cycles = [(2, 1 << 17)], 3, 16, 1
+        args.cases, args.layers, args.steps, args.cycles = [(2, 1 << 20)], 3, 16, 1
     for _, context in args.cases:
         width, _ = resident_pages(context, args.budget)
         if width < max(TOP_K // PAGE_ENTRIES, least_budget(RECENCY)) or context % (C4_TOKENS * PAGE_ENTRIES):
