@@ -17,7 +17,7 @@ from tqdm import tqdm
 from indexer_training.backbone import quiet
 from indexer_training.data import is_synthetic
 from indexer_training.distributed import Group
-from indexer_training.ensemble import cuts, scores
+from indexer_training.ensemble import cuts, held_share, scores
 from indexer_training.product import fit_layer
 from indexer_training.settings import Settings
 from indexer_training.train import Windows, read_trained
@@ -145,11 +145,17 @@ def run(work: Workspace, group: Group) -> dict[str, Any]:
     tables = None if s.v4 else gather(work, count)
     device = s.torch_device()
     windows = Windows(work, device)
-    names = [f"{budget:g}" for budget in s.budgets]
+    budgets = s.budgets
+    if s.v4:
+        held = held_share(windows)
+        budgets = tuple(budget for budget in budgets if budget > held)
+        if budgets != s.budgets:
+            log(f"calibrate: {held:.1%} of {s.context} tokens are always kept: no threshold for budgets below")
+    names = [f"{budget:g}" for budget in budgets]
     path = work.folder("calibrate") / "calibration.json"
     if s.shared:
         indexer.to(device)
-        found = cuts(lambda batch: scores(indexer, about["layers"], about["ensemble"], batch), s.budgets, windows)
+        found = cuts(lambda batch: scores(indexer, about["layers"], about["ensemble"], batch), budgets, windows)
         by_budget = {name: [value] for name, value in zip(names, found, strict=True)}
         write_json(path, {"layer_weights": None, "damage": None, "thresholds": by_budget, "budget_shares": {}})
         return {}

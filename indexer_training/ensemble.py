@@ -36,6 +36,14 @@ def cuts(score: Callable[["Batch"], torch.Tensor], shares: Sequence[float], wind
     return [float(ordered[max(room, 0)]) if room < len(ordered) else 0.0 for room in rooms]
 
 
+def held_share(windows: "Windows") -> float:
+    """Share of the past's chunks that no score decides: always kept, or room for what a period writes."""
+    s = windows.work.settings
+    past = torch.arange(windows.fixed.shape[1]) < windows.counts.unsqueeze(1)
+    held = int((windows.fixed & past).sum()) + len(windows.counts) * (s.period // s.chunk_tokens)
+    return held / int(windows.counts.sum())
+
+
 @torch.no_grad()
 def level(indexer: MemoryIndexer, windows: "Windows") -> None:
     """Set each layer's bias so that as many of its scores exceed 0.5 as the budget has room for.

@@ -44,7 +44,7 @@ class Settings(BaseModel):
     first: int = _field("capture", "tokens before the first cycle (default: 512, or a quarter of the context)", ge=1)
     kept: int = _field(
         "capture",
-        "chunks per cycle and KV head whose attention mass is stored one by one (DeepSeek-V4: 8192)",
+        "chunks per cycle and KV head whose attention mass is stored one by one (DeepSeek-V4: 4096)",
         192,
         ge=1,
     )

@@ -40,10 +40,11 @@ _DEFAULTS: dict[str, Any] = {
     "cycles": 64,
     "learning_rate": 1e-4,
     "weight_decay": 0.01,
+    "budget": 0.2,  # of which sink and recency take half, at this length of text
     "min_gain": -1.0,  # as many layers as asked for
 }
 _CONTEXT = {"cuda": 32768, "cpu": 4096}
-_MOST_KEPT = 8192
+_MOST_KEPT = 4096
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from vllm_lsa.models.deepseek_v4.scorer import PagedScorer
 CONTEXT, WINDOWS, LAYERS = 2560, 2, 3
 ARGUMENTS = {
     "context": CONTEXT, "documents": WINDOWS, "heldout-documents": 1, "steps": 24, "save-every": 4, "cycles": 4,
-    "budget": 0.5, "recency-tokens": 256, "device": "cpu", "native-top-p": 0.3, "top-p": 0.5,
+    "budget": 0.5, "budgets": (0.2, 0.5), "recency-tokens": 256, "device": "cpu", "native-top-p": 0.3, "top-p": 0.5,
     "engine": json.dumps({"kv_cache_memory_bytes": 300 << 20}),
 }  # fmt: skip
 RESULTS = ("model.safetensors", "joint.safetensors", "config.json", "README.md")
@@ -121,7 +121,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(out: Path, path: Path, text: Path, **changes: Any) -> list[str]:
     given = {"model": path, "text": text, "out": out, **ARGUMENTS, **changes}
-    return ["train", *(word for name, value in given.items() for word in ("--" + name.replace("_", "-"), str(value)))]
+    words = ["train"]
+    for name, value in given.items():
+        words += ["--" + name.replace("_", "-"), *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -377,9 +380,14 @@ def test_training_and_its_checkpoint(run: Path, capsys: pytest.CaptureFixture[st
         assert "keys          packed_e4m3" in capsys.readouterr().out
     folder = MemoryIndexer.load(out).config
     assert folder.input == "hidden" and folder.chunk_tokens == 4 and folder.demand_index is None
-    assert "recall, trained, 50.0%" in folder.metrics and len(folder.thresholds["0.2"]) == 1
+    assert "recall, trained, 50.0%" in folder.metrics and list(folder.thresholds) == ["0.5"]
     said = (run / "log.txt").read_text()
-    for line in ("no product tables", "measured offline", "scorers begin with the native"):
+    for line in (
+        "no product tables",
+        "no threshold for budgets below",
+        "measured offline",
+        "scorers begin with the native",
+    ):
         assert line in said
 
 
@@ -452,7 +460,7 @@ def test_settings(path: Path, tmp_path: Path) -> None:
     s = told()
     assert (s.form, s.chunk_tokens, s.first, s.rank, s.heads, s.loss) == ("shared", 4, 2112, 256, 32, "bce")
     assert (s.candidates, s.layers, s.golden_layers, s.context, s.kept) == ((0, 1, 2), 3, 1, 4096, 1024)
-    assert s.v4 and s.weight_decay == 0.01 and s.learning_rate == 1e-4
+    assert s.v4 and (s.weight_decay, s.learning_rate, s.budget) == (0.01, 1e-4, 0.2)
     # Settings that another model has not are no part of what its steps are told apart by.
     assert told(candidates=[0, 2]).candidates == (0, 2)
     assert s.hash_of("data") == told(candidates=[0, 2]).hash_of("data") != told(context=2560).hash_of("data")
