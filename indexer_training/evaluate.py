@@ -100,11 +100,14 @@ def run(work: Workspace, group: Group) -> dict[str, Any]:
         return {}
     s = work.settings
     folder = work.folder("evaluate")
-    if not s.evaluate or s.v4:
-        why = "transformers' models alone can be measured offline" if s.v4 else "--no-evaluate"
-        log(f"evaluate: {why}, so the table has what training measured alone")
+    if not s.evaluate:
+        log("evaluate: --no-evaluate, so the table has what training measured alone")
         write_json(folder / "table.json", {})
         return {}
+    if s.v4:
+        from indexer_training import v4_evaluate
+
+        return v4_evaluate.run(work, group)
     from vllm_lsa.evaluation.offline import SparseModel
 
     model, compared, found = None, rules(work), []

@@ -89,7 +89,7 @@ def run(work: Workspace, group: Group) -> dict[str, Any]:
     s = work.settings
     counts = counts_of(s)
     fixed = forced_of(s, counts)
-    mine = list(group.mine(range(s.documents)))
+    mine = list(group.mine(range(s.captured)))
     left = [i for i in mine if not work.shard("label", i).exists()]
     for i in progress(left, "label", group, " windows", len(mine) - len(left)):
         x = load_file(work.shard("capture", i))

@@ -165,6 +165,11 @@ class Settings(BaseModel):
         """Windows that are trained on."""
         return [i for i in range(self.documents) if i not in self.validation] or [0]
 
+    @property
+    def captured(self) -> int:
+        """Windows that are captured and labelled: with V4 those to evaluate on too, behind those to train with."""
+        return self.documents + (self.heldout_documents if self.v4 else 0)
+
     def torch_device(self) -> str:
         """ "cpu" or "cuda", that of this process's rank."""
         if resolve_device(self.device) == "cpu":

@@ -20,6 +20,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from indexer_training.cli import die_with_parent
 from indexer_training.distributed import Group
 from indexer_training.settings import Settings, read_settings
@@ -59,7 +61,7 @@ def run(work: Workspace, group: Group) -> dict[str, Any]:
 
 def left(work: Workspace) -> list[int]:
     """Windows that are not captured yet."""
-    return [i for i in range(work.settings.documents) if not work.shard("capture", i).exists()]
+    return [i for i in range(work.settings.captured) if not work.shard("capture", i).exists()]
 
 
 def engine_arguments(settings: Settings) -> dict[str, Any]:
@@ -79,18 +81,26 @@ def engine_arguments(settings: Settings) -> dict[str, Any]:
     return {**arguments, **read_engine(settings.engine)}
 
 
+def tokens_of(work: Workspace, window: int) -> list[int]:
+    """Those of a window to train with; behind them come those of held-out documents."""
+    s = work.settings
+    held_out = work.folder("data") / f"heldout_{window - s.documents:05d}.safetensors"
+    path = work.shard("data", window) if window < s.documents else held_out
+    # Held-out windows have a token more, for models whose loss is measured.
+    return [int(token) for token in load_file(path)["tokens"][: s.context]]
+
+
 def capture(work: Workspace) -> None:
     """Run vLLM over the windows that are left, in this process."""
-    from safetensors.torch import load_file
     from vllm import LLM, SamplingParams
 
     llm = LLM(**engine_arguments(work.settings))
     llm.collective_rpc("lsa_capture_open", args=(str(work.out),))
     parameters = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
     windows = left(work)
-    done = work.settings.documents - len(windows)
+    done = work.settings.captured - len(windows)
     for i in progress(windows, "capture", Group("capture", "cpu"), " windows", done):
-        tokens = load_file(work.shard("data", i))["tokens"].tolist()
+        tokens = tokens_of(work, i)
         llm.collective_rpc("lsa_capture_begin")
         llm.generate([{"prompt_token_ids": tokens}], parameters, use_tqdm=False)
         llm.collective_rpc("lsa_capture_write", args=(i,))

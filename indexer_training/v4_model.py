@@ -25,7 +25,7 @@ ONLY = ("candidates", "native_top_p", "heads", "weight_decay", "engine")
 """Settings that no other model has."""
 _WITHOUT_MEANING = (
     "usage_decay", "key_sample", "subspaces", "damage", "damage_power", "damage_budget", "damage_windows",
-    "demand_chunks", "measure_every", "evaluate_budgets",
+    "demand_chunks", "measure_every",
 )  # fmt: skip
 _DEFAULTS: dict[str, Any] = {
     "form": "shared",
@@ -41,6 +41,7 @@ _DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-4,
     "weight_decay": 0.01,
     "budget": 0.2,  # of which sink and recency take half, at this length of text
+    "evaluate_budgets": (0.135, 0.2, 0.3),
     "min_gain": -1.0,  # as many layers as asked for
 }
 _CONTEXT = {"cuda": 32768, "cpu": 4096}

@@ -27,6 +27,7 @@ from indexer_training.distributed import Group
 from indexer_training.label import counts_of, forced_of, union
 from indexer_training.masses import Masses, dense
 from indexer_training.settings import STEPS, Settings, read_settings, resolve
+from indexer_training.v4_evaluate import kept_mass
 from indexer_training.v4_recorder import Recorder
 from indexer_training.workspace import Workspace, write_tensors
 from tests.paths import IN_PROCESS, MODEL, ROOT
@@ -43,6 +44,7 @@ CONTEXT, WINDOWS, LAYERS = 2560, 2, 3
 ARGUMENTS = {
     "context": CONTEXT, "documents": WINDOWS, "heldout-documents": 1, "steps": 24, "save-every": 4, "cycles": 4,
     "budget": 0.5, "budgets": (0.2, 0.5), "recency-tokens": 256, "device": "cpu", "native-top-p": 0.3, "top-p": 0.5,
+    "evaluate-budgets": (0.2, 1.0),
     "engine": json.dumps({"kv_cache_memory_bytes": 300 << 20}),
 }  # fmt: skip
 RESULTS = ("model.safetensors", "joint.safetensors", "config.json", "README.md")
@@ -172,9 +174,11 @@ def seen(run: Path) -> list[list[dict[str, Any]]]:
     """Of each window, of each c4 layer: positions [T], hidden [T, F], q, weights, chosen [T, 512], keys [N, 128]."""
     found: list[list[dict[str, Any]]] = []
     for i in range(WINDOWS):
-        # The first window that vLLM was asked for, and the last: between them there may be one that a kill cut off.
+        # The first window that vLLM was asked for, and the last but one, which is before the held-out one: between
+        # them there may be one that a kill cut off.
         files = sorted((run / "plugin/seen").glob("*.pt"))
-        steps = [torch.load(x, weights_only=True) for x in (files[:LAYERS] if i == 0 else files[-LAYERS:])]
+        begin = 0 if i == 0 else len(files) - 2 * LAYERS
+        steps = [torch.load(x, weights_only=True) for x in files[begin : begin + LAYERS]]
         assert [x["prefix"].split(".")[2] for x in steps] == ["2", "4", "5"]
         assert all(torch.equal(x["positions"], torch.arange(CONTEXT)) for x in steps)
         found.append(steps)
@@ -381,11 +385,13 @@ def test_training_and_its_checkpoint(run: Path, capsys: pytest.CaptureFixture[st
     folder = MemoryIndexer.load(out).config
     assert folder.input == "hidden" and folder.chunk_tokens == 4 and folder.demand_index is None
     assert "recall, trained, 50.0%" in folder.metrics and list(folder.thresholds) == ["0.5"]
+    table = folder.metrics["golden on kept pages, 100.0%"]
+    assert table == dict.fromkeys(("newest", "usage", "untrained", "trained", "oracle"), 1.0)
+    assert all(0 < x <= 1 for x in folder.metrics["golden on kept pages, 20.0%"].values())
     said = (run / "log.txt").read_text()
     for line in (
         "no product tables",
         "no threshold for budgets below",
-        "measured offline",
         "scorers begin with the native",
     ):
         assert line in said
@@ -505,6 +511,23 @@ def test_refusals(path: Path, text: Path, tmp_path: Path, capsys: pytest.Capture
     assert "has no c4 layers" in refused(model=broken)
     (broken / "config.json").write_text(json.dumps({**config, "index_topk": None}))
     assert "lacks index_topk" in refused(model=broken)
+
+
+def test_kept_mass_is_that_of_the_pages_with_the_best_entries() -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.tensor([640, 1000, 1280])
+    scores, mass = (torch.rand(3, 1300, generator=generator) for _ in range(2))
+    want = 0.0
+    for i, count in enumerate(counts.tolist()):
+        pages = range(-(-count // 64))
+        best = {page: float(scores[i, 64 * page : min(64 * page + 64, count)].max()) for page in pages}
+        # The first page and the last 100 entries, and those with the best entries to 11 or 0.75 of them.
+        kept = {0, *range((count - 100) // 64, len(pages))}
+        for page in sorted(set(pages) - kept, key=best.__getitem__, reverse=True):
+            if len(kept) < max(int(0.75 * len(pages)), 9):
+                kept.add(page)
+        want += sum(float(mass[i, n]) for n in range(count) if n // 64 in kept)
+    assert kept_mass(scores, mass, counts, 0.75, [100, 64]) == pytest.approx(want, rel=1e-5)
 
 
 def test_a_window_with_gaps_is_refused() -> None:
