@@ -90,7 +90,7 @@ class Recorder:
         if query is None or p >= 1:
             return chosen
         q, weights = query
-        # A token may choose up to the last whole entry of the window and of nothing behind it.
+        # Entries come in order, and those of this step are there: no token chooses one behind them.
         count = int(self.written[layer].sum())
         keys = unpack_keys(self.keys[layer, :count].to(q.device)).T
         parts = []
@@ -100,9 +100,7 @@ class Recorder:
             index = chosen[some].long()
             products = (q[some].float().flatten(0, 1) @ keys).relu().unflatten(0, (-1, q.shape[1]))
             logits = torch.einsum("thn,th->tn", products, weights[some].float())
-            # The token after the window, and padding, may point behind what is known.
-            valid = (index >= 0) & (index < count)
-            own = logits.gather(1, index.clamp(0, count - 1)).masked_fill(~valid, -torch.inf)
+            own = logits.gather(1, index.clamp(min=0)).masked_fill(index < 0, -torch.inf)
             mass, order = own.softmax(1).sort(dim=1, descending=True)
             golden = top_share(mass, mass.new_zeros(len(mass)), p)
             parts.append(index.gather(1, order).masked_fill(~golden, -1))
@@ -168,6 +166,7 @@ class CaptureWorker:
     get_model: Callable[[], Any]
     _lsa_work: "Workspace | None"
     _lsa_recorder: "Recorder | None"
+    _lsa_layers: int
 
     def lsa_capture_open(self, out: str) -> None:
         """Hook the c4 layers, and write capture/model.safetensors. Raises LsaError on a model that is not known."""
