@@ -21,9 +21,10 @@ namespace {
 
 constexpr int kCodes = 256;
 constexpr int kLine = 128;  // bytes of shared memory that all banks deliver at a time
-constexpr int kMostThreads = 640, kLeastThreads = 256;  // of a block that scores
+constexpr int kMostThreads = 512, kLeastThreads = 256;  // of a block that scores
 constexpr int kTogether = 4;  // subspaces whose entries are added in bytes, and whose look-ups are under way together
 constexpr int kMaxRows = 1024;
+constexpr int kTableRows = 4;  // whose tables are made side by side: programs with nothing to do take time as well
 constexpr int kMaxSlab = 16;  // subspaces; with more, the codes of 32 chunks would take half of a multiprocessor
 constexpr int kMaxPadded = 32;
 constexpr int kStatePage = 64;
@@ -82,18 +83,17 @@ __device__ float to_float(__half x) { return __half2float(x); }
 // An integer in the order of the floats, and back.
 __device__ int order(int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 
-// One subspace of a row and KV head: grid (padded, Hkv, n), a thread per centroid. Entries are 16-bit fractions of
-// their head's range in the subspace. Only latency counts here, so all that memory holds is asked for at once.
+// One subspace of a KV head, for every so many rows: grid (padded, Hkv, programs), a thread per centroid. Entries are
+// 16-bit fractions of their head's range in the subspace. Only latency counts here, so all that memory holds is asked
+// for at once.
 template <int W, typename Q>
 __global__ void __launch_bounds__(kCodes, 4) build_tables(Params p) {
   constexpr int kHeld = 2, kAlign = 16;
   extern __shared__ __align__(16) float lifted[];  // [width, passes * W]
   __shared__ __align__(16) int least[W][kCodes / 32], most[W][kCodes / 32];
-  const int m = blockIdx.x, h = blockIdx.y, row = blockIdx.z;
+  const int m = blockIdx.x, h = blockIdx.y;
   await_grid();
   let_next_begin();
-  const int length = p.length[row], state = p.state[row], token = p.token[row];
-  if (!((length > p.chunk) & (state >= 0) & (token >= 0))) return;  // tested together, so loaded together
   const int width = p.width, heads = p.passes * W, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bool real = m < p.subspaces;
   const float* centroid = p.centroids + ((int64_t(h) * p.subspaces + m) * kCodes + threadIdx.x) * width;
@@ -104,79 +104,83 @@ __global__ void __launch_bounds__(kCodes, 4) build_tables(Params p) {
     for (int i = 0; i < kHeld; i++)
       if (4 * i < width) held[i] = reinterpret_cast<const float4*>(centroid)[i];
   }
-  if (real) {
-    const Q* q = static_cast<const Q*>(p.q) + token * p.q_token_stride + int64_t(h) * p.group * p.q_head_stride;
-    const float* matrix = p.to_query + (int64_t(h) * p.dim + int64_t(m) * width) * p.dim;
-    for (int d = warp; d < width; d += kCodes / 32)
-      for (int g = 0; g < heads; g += W) {
-        float sum[W] = {};
-        for (int begin = lane; begin < p.dim; begin += 128) {
-          float x[4];
-          Q y[4][W];
-#pragma unroll
-          for (int k = 0; k < 4; k++) {
-            // Without conditions: past the end are the last element, times 0, and the last head once more.
-            const int e = min(begin + 32 * k, p.dim - 1);
-            x[k] = matrix[int64_t(d) * p.dim + e];
-#pragma unroll
-            for (int w = 0; w < W; w++) y[k][w] = q[min(g + w, p.group - 1) * p.q_head_stride + e];
+  for (int row = blockIdx.z; row < p.n; row += gridDim.z) {
+    const int length = p.length[row], state = p.state[row], token = p.token[row];
+    if (!((length > p.chunk) & (state >= 0) & (token >= 0))) continue;  // tested together, so loaded together
+    if (real) {
+      const Q* q = static_cast<const Q*>(p.q) + token * p.q_token_stride + int64_t(h) * p.group * p.q_head_stride;
+      const float* matrix = p.to_query + (int64_t(h) * p.dim + int64_t(m) * width) * p.dim;
+      for (int d = warp; d < width; d += kCodes / 32)
+        for (int g = 0; g < heads; g += W) {
+          float sum[W] = {};
+          for (int begin = lane; begin < p.dim; begin += 128) {
+            float x[4];
+            Q y[4][W];
+  #pragma unroll
+            for (int k = 0; k < 4; k++) {
+              // Without conditions: past the end are the last element, times 0, and the last head once more.
+              const int e = min(begin + 32 * k, p.dim - 1);
+              x[k] = matrix[int64_t(d) * p.dim + e];
+  #pragma unroll
+              for (int w = 0; w < W; w++) y[k][w] = q[min(g + w, p.group - 1) * p.q_head_stride + e];
+            }
+  #pragma unroll
+            for (int k = 0; k < 4; k++)
+              if (begin + 32 * k >= p.dim) x[k] = 0;
+  #pragma unroll
+            for (int k = 0; k < 4; k++)
+  #pragma unroll
+              for (int w = 0; w < W; w++) sum[w] += x[k] * to_float(y[k][w]);
           }
-#pragma unroll
-          for (int k = 0; k < 4; k++)
-            if (begin + 32 * k >= p.dim) x[k] = 0;
-#pragma unroll
-          for (int k = 0; k < 4; k++)
-#pragma unroll
-            for (int w = 0; w < W; w++) sum[w] += x[k] * to_float(y[k][w]);
+  #pragma unroll
+          for (int w = 0; w < W; w++) {
+            for (int i = 16; i; i /= 2) sum[w] += __shfl_xor_sync(~0u, sum[w], i);
+            if (!lane) lifted[d * heads + g + w] = sum[w] * p.factor;
+          }
         }
-#pragma unroll
-        for (int w = 0; w < W; w++) {
-          for (int i = 16; i; i /= 2) sum[w] += __shfl_xor_sync(~0u, sum[w], i);
-          if (!lane) lifted[d * heads + g + w] = sum[w] * p.factor;
-        }
+    }
+    __syncthreads();
+    for (int pass = 0; pass < p.passes; pass++) {
+      float x[W] = {};
+      const auto take = [&](float c, int d) {
+        float by[W];
+        __builtin_memcpy(by, __builtin_assume_aligned(lifted + d * heads + pass * W, kAlign), sizeof by);
+  #pragma unroll
+        for (int w = 0; w < W; w++) x[w] += c * by[w];
+      };
+      const auto take_four = [&](float4 c, int d) { take(c.x, d), take(c.y, d + 1), take(c.z, d + 2), take(c.w, d + 3); };
+      if (real && wide) {
+  #pragma unroll
+        for (int i = 0; i < kHeld; i++)
+          if (4 * i < width) take_four(held[i], 4 * i);
+        for (int d = 4 * kHeld; d < width; d += 4) take_four(*reinterpret_cast<const float4*>(centroid + d), d);
+      } else if (real) {
+        for (int d = 0; d < width; d++) take(centroid[d], d);
       }
-  }
-  __syncthreads();
-  for (int pass = 0; pass < p.passes; pass++) {
-    float x[W] = {};
-    const auto take = [&](float c, int d) {
-      float by[W];
-      __builtin_memcpy(by, __builtin_assume_aligned(lifted + d * heads + pass * W, kAlign), sizeof by);
-#pragma unroll
-      for (int w = 0; w < W; w++) x[w] += c * by[w];
-    };
-    const auto take_four = [&](float4 c, int d) { take(c.x, d), take(c.y, d + 1), take(c.z, d + 2), take(c.w, d + 3); };
-    if (real && wide) {
-#pragma unroll
-      for (int i = 0; i < kHeld; i++)
-        if (4 * i < width) take_four(held[i], 4 * i);
-      for (int d = 4 * kHeld; d < width; d += 4) take_four(*reinterpret_cast<const float4*>(centroid + d), d);
-    } else if (real) {
-      for (int d = 0; d < width; d++) take(centroid[d], d);
+  #pragma unroll
+      for (int w = 0; w < W; w++) {
+        const int key = order(__float_as_int(x[w]));
+        const int low = __reduce_min_sync(~0u, key), high = __reduce_max_sync(~0u, key);
+        if (!lane) least[w][warp] = low, most[w][warp] = high;
+      }
+      __syncthreads();
+      const int64_t item = (int64_t(row) * p.kv_heads + h) * p.passes + pass;
+      alignas(16) uint16_t entry[W];
+  #pragma unroll
+      for (int w = 0; w < W; w++) {
+        int first = least[w][0], last = most[w][0];
+  #pragma unroll
+        for (int i = 1; i < kCodes / 32; i++) first = min(first, least[w][i]), last = max(last, most[w][i]);
+        const float low = __int_as_float(order(first)), range = __int_as_float(order(last)) - low;
+        const float scale = range > 0 ? kFraction / range : 0;
+        entry[w] = uint16_t(min(__float2uint_rn((x[w] - low) * scale), uint32_t(kFraction)));
+        if (!threadIdx.x) p.bounds[(item * p.padded + m) * W + w] = make_float2(low, range);
+      }
+      const int64_t line = (item * p.slabs + (m >> p.log_rows)) * kCodes + threadIdx.x;
+      uint8_t* const to = reinterpret_cast<uint8_t*>(p.tables + (line * p.rows + (m & (p.rows - 1))) * W);
+      __builtin_memcpy(__builtin_assume_aligned(to, 2 * W), entry, 2 * W);
+      __syncthreads();
     }
-#pragma unroll
-    for (int w = 0; w < W; w++) {
-      const int key = order(__float_as_int(x[w]));
-      const int low = __reduce_min_sync(~0u, key), high = __reduce_max_sync(~0u, key);
-      if (!lane) least[w][warp] = low, most[w][warp] = high;
-    }
-    __syncthreads();
-    const int64_t item = (int64_t(row) * p.kv_heads + h) * p.passes + pass;
-    alignas(16) uint16_t entry[W];
-#pragma unroll
-    for (int w = 0; w < W; w++) {
-      int first = least[w][0], last = most[w][0];
-#pragma unroll
-      for (int i = 1; i < kCodes / 32; i++) first = min(first, least[w][i]), last = max(last, most[w][i]);
-      const float low = __int_as_float(order(first)), range = __int_as_float(order(last)) - low;
-      const float scale = range > 0 ? kFraction / range : 0;
-      entry[w] = uint16_t(min(__float2uint_rn((x[w] - low) * scale), uint32_t(kFraction)));
-      if (!threadIdx.x) p.bounds[(item * p.padded + m) * W + w] = make_float2(low, range);
-    }
-    const int64_t line = (item * p.slabs + (m >> p.log_rows)) * kCodes + threadIdx.x;
-    uint8_t* const to = reinterpret_cast<uint8_t*>(p.tables + (line * p.rows + (m & (p.rows - 1))) * W);
-    __builtin_memcpy(__builtin_assume_aligned(to, 2 * W), entry, 2 * W);
-    __syncthreads();
   }
 }
 
@@ -223,8 +227,9 @@ __device__ void look_up(const uint8_t* table, const uint8_t* codes, int rows, in
       uint32_t x[kTogether][W / 4];
 #pragma unroll
       for (int k = 0; k < kTogether; k++) {
-        const uint32_t code = __byte_perm(words[k][t / 4], 0, 0x4440 + t % 4);
-        const Entry<W> entry = *static_cast<const Entry<W>*>(__cvta_shared_to_generic(column[k] + code * kLine));
+        // One instruction: a byte of the codes times the length of a line, and where the column begins.
+        const uint32_t at = __dp4a(words[k][t / 4], uint32_t(kLine) << t % 4 * 8, column[k]);
+        const Entry<W> entry = *static_cast<const Entry<W>*>(__cvta_shared_to_generic(at));
         __builtin_memcpy(x[k], &entry, sizeof entry);
       }
 #pragma unroll
@@ -436,7 +441,7 @@ cudaError_t launch_early(void (*kernel)(Arguments...), dim3 grid, int threads, i
 
 template <int W>
 cudaError_t launch_tables(const Params& p, bool early, cudaStream_t stream) {
-  const dim3 grid(p.padded, p.kv_heads, p.n);
+  const dim3 grid(p.padded, p.kv_heads, min(p.n, kTableRows));
   const int lifted = p.width * p.passes * W * int(sizeof(float));
   const auto kernel = p.q_dtype == 0   ? build_tables<W, float>
                       : p.q_dtype == 1 ? build_tables<W, __nv_bfloat16>

@@ -90,58 +90,70 @@ def _stats(
     return top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def mass_stats_kernel(
-    length, state, all_pages, logits, top_of, sum_of, pages_stride,
+    length, state, all_pages, logits, top_of, sum_of, n, pages_stride,
     CHUNK: tl.constexpr, PAGE: tl.constexpr, Q_HEADS: tl.constexpr, LANE_Q: tl.constexpr, LANE_Q_PAD: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """For each row, lane of a layer and split of its chunks: each head's maximum and sum of the softmax.
+    """For every so many rows, a lane of a layer and a split of the row's chunks: each head's maximum and sum of the
+    softmax. Grid (programs, lanes of the layer, SPLITS).
 
     logits: fp32 [state pages, Q_HEADS, PAGE], estimated log mass of each full chunk. top_of, sum_of: fp32 [rows, lanes
     of the layer, LANE_Q_PAD, SPLITS].
     """
     if EARLY:
         await_grid()
-    row = tl.program_id(0)
     local = tl.program_id(1)
     part = tl.program_id(2)
-    tokens = tl.load(length + row)
-    mine = tl.load(state + row)
-    if (tokens == 0) | (mine < 0):
-        return
-    full = (tokens - 1) // CHUNK
-    set_pages = all_pages + mine * pages_stride
-    first, last = _range(full, part, SPLITS, PAGE)
-    top, total = _stats(set_pages, logits, first, last, local, PAGE, Q_HEADS, LANE_Q, LANE_Q_PAD, BLOCK)
-    place = ((row * tl.num_programs(1) + local) * LANE_Q_PAD + tl.arange(0, LANE_Q_PAD)) * SPLITS + part
-    tl.store(top_of + place, top)
-    tl.store(sum_of + place, total)
+    for row in range(tl.program_id(0), n, tl.num_programs(0)):
+        tokens = tl.load(length + row)
+        mine = tl.load(state + row)
+        if (tokens > 0) & (mine >= 0):
+            full = (tokens - 1) // CHUNK
+            set_pages = all_pages + mine * pages_stride
+            first, last = _range(full, part, SPLITS, PAGE)
+            top, total = _stats(set_pages, logits, first, last, local, PAGE, Q_HEADS, LANE_Q, LANE_Q_PAD, BLOCK)
+            place = ((row * tl.num_programs(1) + local) * LANE_Q_PAD + tl.arange(0, LANE_Q_PAD)) * SPLITS + part
+            tl.store(top_of + place, top)
+            tl.store(sum_of + place, total)
 
 
-@triton.jit(do_not_specialize=["lane_first"])
+@triton.jit(do_not_specialize=["n", "lane_first"])
 def mass_kernel(
     length, state, all_pages, held, usage, logits, top_of, sum_of, wanted_of, best_of, where_of,
-    pages_stride, lanes, lane_first, threshold, decay,
+    n, pages_stride, lanes, lane_first, threshold, decay,
     CHUNK: tl.constexpr, PAGE: tl.constexpr, Q_HEADS: tl.constexpr, LANE_Q: tl.constexpr, LANE_Q_PAD: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """For each row, lane of a layer and split: notes usage, and the mass of what may come in place of the lane's first
-    head's logits, -1 for the rest. wanted_of, best_of, where_of: [rows, lanes of the layer, SPLITS], how many may come,
-    the most mass, and whose it is.
+    """For every so many rows, a lane of a layer and a split: notes usage, and the mass of what may come in place of the
+    lane's first head's logits, -1 for the rest. Grid as above. wanted_of, best_of, where_of: [rows, lanes of the layer,
+    SPLITS], how many may come, the most mass, and whose it is.
     """
     if EARLY:
         await_grid()
-    row = tl.program_id(0)
+    for row in range(tl.program_id(0), n, tl.num_programs(0)):
+        tokens = tl.load(length + row)
+        mine = tl.load(state + row)
+        if (tokens > 0) & (mine >= 0):
+            _mass(
+                row, (tokens - 1) // CHUNK, all_pages + mine * pages_stride, held, usage, logits, top_of, sum_of,
+                wanted_of, best_of, where_of, lanes, lane_first, threshold, decay,
+                PAGE, Q_HEADS, LANE_Q, LANE_Q_PAD, SPLITS, BLOCK,
+            )  # fmt: skip
+
+
+@triton.jit
+def _mass(
+    row, full, set_pages, held, usage, logits, top_of, sum_of, wanted_of, best_of, where_of,
+    lanes, lane_first, threshold, decay,
+    PAGE: tl.constexpr, Q_HEADS: tl.constexpr, LANE_Q: tl.constexpr, LANE_Q_PAD: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`mass_kernel` of one row with that many full chunks."""
     local = tl.program_id(1)
     part = tl.program_id(2)
-    tokens = tl.load(length + row)
-    mine = tl.load(state + row)
-    if (tokens == 0) | (mine < 0):
-        return
-    full = (tokens - 1) // CHUNK
     lane = lane_first + local
-    set_pages = all_pages + mine * pages_stride
     heads = tl.arange(0, LANE_Q_PAD)[:, None]
     real = heads < LANE_Q
     place = row * tl.num_programs(1) + local

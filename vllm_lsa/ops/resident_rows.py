@@ -20,6 +20,8 @@ LOOK = 64
 SPLIT_CHUNKS = 512
 MAX_SPLITS = 16
 """Demand looks at a row's chunks in up to so many parts side by side, of about that many chunks each."""
+MASS_ROWS = 4
+"""Rows that it looks at side by side: programs with nothing to do take time as well."""
 
 
 def host_delta(pool: torch.Tensor, host_pages: torch.Tensor) -> int:
@@ -189,14 +191,16 @@ def pick(
     grid = (len(rows.length), g.layer_lanes)
     shape = dict(CHUNK=g.chunk_tokens, PAGE=PAGE, Q_HEADS=g.num_q_heads, LANE_Q=per_lane, SPLITS=splits, BLOCK=block)
     heads, stride, first = power_of_two(per_lane), sets.pages.stride(0), layer * g.layer_lanes
+    n = len(rows.length)
+    shared = (min(n, MASS_ROWS), g.layer_lanes, splits)
     if splits > 1:  # the next kernel does it where each lane has one program anyway
-        demand.mass_stats_kernel[grid + (splits,)](
-            rows.length, rows.state, sets.pages, scratch.logits, scratch.top, scratch.total, stride,
+        demand.mass_stats_kernel[shared](
+            rows.length, rows.state, sets.pages, scratch.logits, scratch.top, scratch.total, n, stride,
             **shape, LANE_Q_PAD=heads, num_warps=4, **early(pool.device),
         )  # fmt: skip
-    demand.mass_kernel[grid + (splits,)](
+    demand.mass_kernel[shared](
         rows.length, rows.state, sets.pages, sets.held, sets.usage, scratch.logits, scratch.top, scratch.total,
-        scratch.wanted, scratch.best, scratch.where, stride, g.num_lanes, first, threshold, decay,
+        scratch.wanted, scratch.best, scratch.where, n, stride, g.num_lanes, first, threshold, decay,
         **shape, LANE_Q_PAD=heads, num_warps=4, **early(pool.device),
     )  # fmt: skip
     demand.pick_kernel[grid](
