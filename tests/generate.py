@@ -2,7 +2,7 @@
 
 SPEC: {"llm": arguments of LLM, "scenarios": [...], "trace": whether to keep checksums of the sets}. A scenario is
 {"name", "prompts": [token ids, …], "max_tokens", "together": all in one batch or one after the other, "abort": {prompt
-index: after so many tokens}}.
+index: after so many tokens}, "late": {prompt index: comes after so many steps}, "priorities": of the prompts}.
 OUT: {name: [tokens, …]}, "preemptions", "prefix_hits" (tokens), "counts" of the LSA engine (of rank 0), "ranks" with
 the reports of all ranks, and "metrics", summed over them.
 """
@@ -24,10 +24,16 @@ def run_batch(llm: LLM, scenario: dict[str, Any]) -> list[list[int]]:
     engine = llm.llm_engine
     params = SamplingParams(temperature=0, max_tokens=scenario["max_tokens"], ignore_eos=True, detokenize=False)
     abort = {f"{scenario['name']}-{index}": after for index, after in scenario.get("abort", {}).items()}
+    late = {int(index): steps for index, steps in scenario.get("late", {}).items()}
+    priorities = scenario.get("priorities", [0] * len(scenario["prompts"]))
     tokens: dict[str, list[int]] = {}
-    for index, prompt in enumerate(scenario["prompts"]):
-        engine.add_request(f"{scenario['name']}-{index}", {"prompt_token_ids": prompt}, params)
-    while engine.has_unfinished_requests():
+    step = 0
+    while engine.has_unfinished_requests() or not step:
+        for index, prompt in enumerate(scenario["prompts"]):
+            if late.get(index, 0) == step:
+                name = f"{scenario['name']}-{index}"
+                engine.add_request(name, {"prompt_token_ids": prompt}, params, priority=priorities[index])
+        step += 1
         for output in engine.step():
             tokens[output.request_id] = list(output.outputs[0].token_ids)
             if len(tokens[output.request_id]) >= abort.get(output.request_id, 10**9):

@@ -12,13 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.paths import ROOT, run_module
 from tests.v4 import install, model
 from vllm_lsa.config import LsaConfig
 from vllm_lsa.errors import LsaError
-from vllm_lsa.models.deepseek_v4.native import LastQueries
+from vllm_lsa.indexer import IndexerConfig, MemoryIndexer
+from vllm_lsa.indexer.checkpoint import fingerprint_of
+from vllm_lsa.indexer.rotary import RopeConfig
+from vllm_lsa.models.deepseek_v4.memory_indexer import threshold_of
+from vllm_lsa.models.deepseek_v4.native import LastHidden, LastQueries
+from vllm_lsa.models.deepseek_v4.scorer import PagedScorer
 from vllm_lsa.models.deepseek_v4.settings import for_deepseek_v4
 from vllm_lsa.serving.client import read_metrics
 from vllm_lsa.serving.server import Server
@@ -45,7 +50,12 @@ def batch(*prompts: list[int], max_tokens: int = TOKENS, abort: dict[int, int] |
 # 3,000 tokens are 750 entries and 12 pages: more than the 512 that the native indexer chooses.
 BATCHES = [batch(prompt(40)), batch(prompt(700)), batch(prompt(3000)), batch(prompt(9000), max_tokens=4)]
 MIXED = [prompt(2300), prompt(700), prompt(3000), prompt(40)]
-BATCHES += [batch(*MIXED)]
+BATCHES += [batch(*MIXED), batch(*MIXED, abort={0: 5, 2: 9})]
+# A long request decodes when shorter ones come that go before it and grow until it has to leave.
+GROWING = batch(MIXED[2], *(prompt(30) for _ in range(6)), max_tokens=110)
+GROWING |= {"late": dict.fromkeys(range(1, 7), 60), "priorities": [1, *[0] * 6]}
+FEW_BLOCKS = {"chunk": 64, "kv_cache_memory_bytes": 5120 << 10, "max_model_len": 3200, "max_num_seqs": 8}
+FEW_BLOCKS |= {"scheduling_policy": "priority"}
 LONG = prompt(4000)
 
 
@@ -99,17 +109,21 @@ def scorers(path: Path, layers: Sequence[int] = range(LAYERS), hidden: int = 256
 
 @pytest.fixture(scope="module")
 def stock(path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(tmp_path_factory.mktemp("stock"), path, BATCHES)
+    folder = tmp_path_factory.mktemp("stock")
+    return run(folder, path, [*BATCHES, GROWING], max_num_seqs=8, scheduling_policy="priority")
 
 
 @pytest.mark.vllm
 def test_with_everything_kept_tokens_and_choices_are_those_of_stock_vllm(stock, path, tmp_path):
     lsa = run(tmp_path, path, BATCHES, {**KEEP_ALL, "check": "poison"})
-    assert lsa["tokens"] == stock["tokens"]
-    assert lsa["chosen"] == stock["chosen"]
+    grown = run(tmp_path / "grown", path, [GROWING], {**KEEP_ALL, "check": "poison"}, **FEW_BLOCKS)
+    assert grown["preemptions"] > 0
+    assert lsa["tokens"] + grown["tokens"] == stock["tokens"]
+    assert sorted({*lsa["chosen"], *grown["chosen"]}) == stock["chosen"]
+    assert [len(tokens) for tokens in lsa["tokens"][5]] == [5, TOKENS, 9, TOKENS]
     # Every decode step of every c4 layer read the pool alone.
     assert lsa["reads"] == LAYERS * sum(one["max_tokens"] - 1 for one in BATCHES)
-    assert lsa["oracle"] == LAYERS * sum((one["max_tokens"] - 1) * len(one["prompts"]) for one in BATCHES)
+    assert lsa["oracle"] == LAYERS * sum(len(tokens) - 1 for told in lsa["tokens"] for tokens in told)
     assert all(held == whole for held, whole in lsa["held"])
     assert lsa["counts"]["chunks_missed"] == lsa["counts"]["cycles"] == lsa["pinned"] == 0
 
@@ -127,8 +141,8 @@ def test_exact_gives_what_stock_vllm_gives_at_any_budget(stock, path, tmp_path, 
         "device_pool_gib": (1 + LAYERS * (13 if budget < 0.5 else 20)) * PAGE / 2**30,
         "check": "poison",
     }
-    lsa = run(tmp_path, path, BATCHES[4:], settings)
-    assert lsa["tokens"] == stock["tokens"][4:]
+    lsa = run(tmp_path, path, BATCHES[4:5], settings)
+    assert lsa["tokens"] == stock["tokens"][4:5]
     assert set(lsa["chosen"]) <= set(stock["chosen"])
     # A choice for each token and layer.
     choices = {tuple(choice.rsplit(":", 1)) for choice in lsa["chosen"]}
@@ -156,8 +170,8 @@ def sparse(indexer: str, **settings: Any) -> dict[str, Any]:
         "budget": 0.75,
         "period": 16,
         "recency_tokens": 1792,
-        # In each layer 28 pages of the 16 + 16 + 3 that there are: both long requests go on a budget, 12 + 12 + 3.
-        "device_pool_gib": 28 * LAYERS * PAGE / 2**30,
+        # In each layer 38 pages of the 16 + 16 + 14 + 3 that there are: long requests go on a budget, 12 + 12 + 10 + 3.
+        "device_pool_gib": 38 * LAYERS * PAGE / 2**30,
         "check": "poison",
         **settings,
     }
@@ -167,19 +181,38 @@ def sparse(indexer: str, **settings: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("indexer", ["native", "recency", "memory"])
 def test_sparse_decode_reads_the_set_in_the_pool_and_nothing_else(path, checkpoint, tmp_path, indexer):
     settings = sparse(str(checkpoint) if indexer == "memory" else indexer)
-    # The second begins a page on the way.
-    lsa = run(tmp_path, path, [batch(LONG, LONG[:3830], LONG[:600], max_tokens=40)], settings)
-    assert [len(set(tokens)) > 20 for tokens in lsa["tokens"][0][:2]] == [True, True]
+    # The second begins a page on the way, the last is aborted.
+    prompts = [LONG, LONG[:3830], LONG[:600], LONG[:3500]]
+    lsa = run(tmp_path, path, [batch(*prompts, max_tokens=40, abort={3: 35})], settings)
+    assert [len(tokens) for tokens in lsa["tokens"][0]] == [40, 40, 40, 35]
+    assert all(len(set(tokens)) > 20 for tokens in lsa["tokens"][0][:2])
     assert lsa["reads"] == LAYERS * 39
-    assert lsa["oracle"] == LAYERS * 39 * 3
+    assert lsa["oracle"] == LAYERS * (39 * 3 + 34)
     assert lsa["counts"]["cycles"] >= 3
     assert lsa["counts"]["chunks_missed"] == lsa["pinned"] == 0
     assert any(held < whole for held, whole in lsa["held"])
     # Eight full pages at least, wherever there are as many: what the native top-k needs.
     assert all(held > min(8, whole - 1) for held, whole in lsa["held"])
     assert (len(lsa["sets"]) > 1) == (indexer != "recency")
+    if indexer == "memory":
+        assert (
+            "memory indexer of layers 2 = c4 layer 0, 4 = c4 layer 1, 5 = c4 layer 2; mode or"
+            in (tmp_path / "log.txt").read_text()
+        )
     # Every selection by the memory indexer was what its float64 twin makes of the same hidden states and index keys.
     assert lsa["selected"] == (lsa["counts"]["cycles"] if indexer == "memory" else 0)
+
+
+@pytest.mark.vllm
+def test_a_sparse_request_is_preempted_and_comes_back(path, tmp_path):
+    # In each layer 14 pages of 12 + 3 · 1.
+    settings = sparse("native", device_pool_gib=14 * LAYERS * PAGE / 2**30)
+    lsa = run(tmp_path, path, [GROWING], settings, **FEW_BLOCKS)
+    assert lsa["preemptions"] > 0
+    assert all(len(tokens) == GROWING["max_tokens"] for tokens in lsa["tokens"][0])
+    assert any(held < whole for held, whole in lsa["held"])
+    assert lsa["oracle"] > 0 and lsa["counts"]["cycles"] > 0
+    assert lsa["pinned"] == 0
 
 
 @pytest.mark.vllm
@@ -210,35 +243,84 @@ def test_the_server_gives_the_same_tokens_and_shows_its_metrics(stock, path, tmp
     assert shown["vllm_lsa:pool_slots"] > 0
 
 
+def folder_of(folder: Path, **fields: Any) -> Path:
+    """A checkpoint folder as training writes it."""
+    config = IndexerConfig(
+        kind="shared", backbone="small", layers=(0, 2), hidden_size=256, heads=16, head_dim=128, rank=32, period=32,
+        rope=RopeConfig(style="interleaved", first_dim=64, dims=64), keys="packed_e4m3", chunk_tokens=4,
+        thresholds={"default": (0.25,), "0.5": (0.125,)}, **fields,
+    )  # fmt: skip
+    MemoryIndexer(config, torch.ones(32)).save(folder)
+    return folder
+
+
+_REFUSALS = """
+import json, sys
+from vllm.engine.arg_utils import EngineArgs
+from vllm_lsa.errors import LsaError
+said = []
+for arguments in json.load(open(sys.argv[1])):
+    try:
+        EngineArgs(skip_tokenizer_init=True, attention_backend="LSA", **arguments).create_engine_config()
+        said.append(None)
+    except LsaError as error:
+        said.append(str(error))
+json.dump(said, open(sys.argv[2], "w"))
+"""
+
+
 @pytest.mark.vllm
-def test_what_cannot_work_is_refused_in_one_line(path, tmp_path):
+def test_what_cannot_work_is_refused_in_one_line(path, checkpoint, tmp_path):
     env = {**install.environment(tmp_path / "plugin", plugins=("lsa",)), "OMP_NUM_THREADS": "1"}
-    code = (
-        "import sys\nfrom vllm.engine.arg_utils import EngineArgs\n"
-        f"EngineArgs(model={str(path)!r}, skip_tokenizer_init=True, attention_backend='LSA', **eval(sys.argv[1]))"
-        ".create_engine_config()"
-    )
-
-    def error(**arguments: Any) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", code, repr(arguments)], cwd=ROOT, env={**os.environ, **env}, text=True,
-            capture_output=True, timeout=200,
-        )  # fmt: skip
-        assert done.returncode
-        return done.stderr.strip().splitlines()[-1]
-
-    assert "tensor and pipeline parallelism" in error(tensor_parallel_size=2, max_model_len=4096)
-    assert "lsa.demand='mean_key'" in error(additional_config={"lsa": {"demand": "mean_key"}})
+    weights = load_file(checkpoint)
+    torch.save({"model_state": weights, "epoch": 1}, tmp_path / "wrapped.pt")
+    (tmp_path / "damaged.safetensors").write_bytes(b"no tensors")
+    save_file({name: x for name, x in weights.items() if "l1.wq_b" not in name}, tmp_path / "incomplete.safetensors")
+    flash = scorers(tmp_path / "flash.safetensors", (10, 12, 20))
+    wide = scorers(tmp_path / "wide.safetensors", hidden=128)
+    ours, others = folder_of(tmp_path / "ours", backbone_fingerprint=fingerprint_of(path)), tmp_path / "others"
+    folder_of(others, backbone_fingerprint="0123456789ab-0123456789ab")
+    cases: list[tuple[dict[str, Any], str | None]] = [
+        ({"tensor_parallel_size": 2}, "tensor and pipeline parallelism"),
+        ({"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}, "--speculative-config"),
+        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "--kv-transfer-config"),
+    ]
+    for lsa, named in [
+        ({"demand": "mean_key"}, "lsa.demand='mean_key' does not work with DeepSeek-V4: use 'off'"),
+        ({"indexer": "quest"}, "or a memory indexer's .pt, .safetensors or folder"),
+        ({"indexer": str(flash)}, "scores c4 layer 20, and this model has 3: give a checkpoint that was trained for"),
+        ({"indexer": str(wide)}, "reads hidden states of 128, this model's have 256: give a checkpoint that was"),
+        ({"indexer": "/nowhere/joint.pt"}, "/nowhere/joint.pt does not exist: give"),
+        ({"indexer": str(tmp_path / "damaged.safetensors")}, "damaged.safetensors is not a readable safetensors file"),
+        ({"indexer": str(tmp_path / "incomplete.safetensors")}, "lacks retrievers.l1.wq_b.weight"),
+        ({"indexer": str(others)}, "others was trained for small"),
+        ({"indexer": "exact", "lookahead": "usage"}, "lsa.lookahead='usage' needs a checkpoint"),
+        ({"indexer": str(ours), "lookahead": "usage"}, "lsa.lookahead='usage' does not work with DeepSeek-V4"),
+        ({"indexer": str(tmp_path / "wrapped.pt")}, None),
+        ({"indexer": str(ours)}, None),
+    ]:
+        cases.append(({"additional_config": {"lsa": lsa}}, named))
+    given = [{"model": str(path), "max_model_len": 4096, **arguments} for arguments, _ in cases]
+    (tmp_path / "in.json").write_text(json.dumps(given))
+    subprocess.run(
+        [sys.executable, "-c", _REFUSALS, str(tmp_path / "in.json"), str(tmp_path / "out.json")], cwd=ROOT,
+        env={**os.environ, **env}, check=True, timeout=200,
+    )  # fmt: skip
+    for said, (arguments, named) in zip(json.loads((tmp_path / "out.json").read_text()), cases, strict=True):
+        assert (said is None) == (named is None), (said, arguments)
+        assert named is None or (named in said and "\n" not in said), (said, arguments)
 
 
 def test_settings_take_defaults_of_v4_and_refuse_what_has_no_meaning():
     config = for_deepseek_v4(LsaConfig())
     assert (config.indexer, config.sets, config.demand, config.chunk_tokens) == ("native", "shared", "off", 256)
     assert config.sink_chunks + config.recency_chunks == 9
+    for_deepseek_v4(LsaConfig(indexer="exact", recency_tokens=256, sink_tokens=0))
     for wrong, named in [
         ({"indexer": "quest"}, "lsa.indexer='quest'"),
         ({"sets": "per_head"}, "lsa.sets='per_head'"),
         ({"chunk_tokens": 16}, "lsa.chunk_tokens=16"),
+        ({"chunk_tokens": 4}, "lsa.chunk_tokens=4"),
         ({"demand_chunks": 4}, "lsa.demand_chunks=4"),
         ({"recency_tokens": 1024}, "lsa.recency_tokens=1024"),
         ({"recency_tokens": 2064}, "lsa.recency_tokens=2064"),
@@ -246,6 +328,40 @@ def test_settings_take_defaults_of_v4_and_refuse_what_has_no_meaning():
         with pytest.raises(LsaError, match=named) as raised:
             for_deepseek_v4(LsaConfig(**wrong))
         assert "\n" not in str(raised.value)
+
+
+def test_a_memory_indexer_brings_its_defaults(checkpoint, tmp_path):
+    """Its period and threshold, from a folder; pages move all the same, and what was set counts."""
+
+    def parsed(**lsa: Any) -> LsaConfig:
+        return for_deepseek_v4(LsaConfig.parse({"lsa": lsa}))
+
+    folder = str(folder_of(tmp_path / "folder"))
+    config, scorer = parsed(indexer=folder), PagedScorer.load(folder, "fp32")
+    assert (config.period, config.chunk_tokens, config.sets, config.mode) == (32, 256, "shared", "or")
+    assert threshold_of(config, scorer) == 0.25
+    assert threshold_of(parsed(indexer=folder, budget=0.5), scorer) == 0.125
+    assert threshold_of(parsed(indexer=folder, threshold=0.0), scorer) == 0.0
+    published = parsed(indexer=str(checkpoint), mode="mean")
+    assert (published.period, published.mode) == (64, "mean")
+    assert threshold_of(published, PagedScorer.load(checkpoint, "fp32")) == 0.5
+    assert threshold_of(parsed(), None) == 0.0
+
+
+def test_what_is_kept_of_last_tokens_is_forgotten_with_the_request():
+    """In and outside of inference mode, as vLLM's forward pass and scheduler are."""
+    queries, hidden = LastQueries(3, 2), LastHidden(3, (1, 4), 8)
+    with torch.inference_mode():
+        for layer in (0, 1):
+            queries.note(torch.tensor([2, 0]), layer, torch.ones(2, 4, 128).to(torch.float8_e4m3fn), torch.ones(2, 4))
+        for layer in (0, 1, 4):
+            hidden.note(torch.tensor([2, 0]), layer, torch.full((2, 8), layer).bfloat16())
+    assert {layer: x.unique().tolist() for layer, x in hidden.of(2).items()} == {1: [1.0], 4: [4.0]}
+    queries.forget(2)
+    hidden.forget(2)
+    assert queries.queries is not None and queries.weights is not None
+    assert queries.weights[2].eq(0).all() and queries.queries.float()[2].eq(0).all()
+    assert queries.weights[0].eq(1).all() and hidden.states[0].ne(0).all() and hidden.states[2].eq(0).all()
 
 
 def test_native_shares_follow_their_formula():

@@ -46,6 +46,8 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, MLAAttentionS
 from vllm.v1.request import Request  # noqa: E402
 from vllm.v1.worker.utils import customize_attention_spec  # noqa: E402
 
+from vllm_lsa.models.deepseek_v4.runtime import DeepseekV4Runtime  # noqa: E402
+
 RATIOS = [0, 0, *[4 if layer % 2 == 0 else 128 for layer in range(2, 43)]]
 MIB, GIB = 1 << 20, 1 << 30
 K256, K512, M1 = 1 << 18, 1 << 19, 1 << 20
@@ -186,7 +188,20 @@ def test_blocks(config: VllmConfig, stock: Specs, form: str, block: int, groups:
             v4.require_split(specs, made.kv_cache_groups)
     else:
         v4.require_split(specs, made.kv_cache_groups)
+        assert v4.specs_of(made.kv_cache_groups) == specs
         assert v4.block_bytes(specs) == block
+
+
+def test_a_worker_refuses_blocks_that_were_not_split(config: VllmConfig, stock: Specs) -> None:
+    """With what vLLM has planned, before anything is allocated."""
+    dropped = {name: spec for name, spec in stock.items() if v4.cache_kind(name, spec) is not Cache.C4}
+    with pytest.raises(LsaError, match="blocks of 870912 bytes where LSA needs 216000"):
+        DeepseekV4Runtime.__new__(DeepseekV4Runtime).attach(plan(config, dropped))
+    # With few layers, such as those of tests/v4, the widest page is wider than all that grows together.
+    few = {name: spec for name, spec in v4.lsa_specs(stock).items() if v4.layer_of(name) in (0, 1, 2, 3, 4, 6)}
+    made = plan(config, few)
+    assert v4.block_bytes(few) < width(made) == 37440
+    v4.require_split(few, made.kv_cache_groups)
 
 
 # MiB of one decoding request of 256K, 512K and 1M tokens; of what reading 8,192 tokens at once adds; of block tables.

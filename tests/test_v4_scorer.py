@@ -3,6 +3,7 @@
 import functools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from vllm_lsa.errors import LsaError
 from vllm_lsa.indexer import IndexerConfig, MemoryIndexer
 from vllm_lsa.indexer.rotary import RopeConfig, inverse_frequencies
 from vllm_lsa.models.deepseek_v4 import scorer as v4
+from vllm_lsa.models.deepseek_v4.memory_indexer import key_speeds
 from vllm_lsa.models.deepseek_v4.scorer import PagedScorer
 from vllm_lsa.models.deepseek_v4.selection import select_pages
 
@@ -242,6 +244,15 @@ def test_rope_is_the_models() -> None:
     theirs = plain / 16 * (1 - slow) + plain * slow
     assert torch.allclose(published().float(), theirs, rtol=1e-6)
     assert np.allclose(published().numpy(), frequencies(), rtol=1e-12)
+    # What a joint file is served with: the model's.
+    yarn = {"factor": 16, "original_max_position_embeddings": 65536, "beta_fast": 32, "beta_slow": 1}
+    small = yarn | {"factor": 4, "original_max_position_embeddings": 4096}
+    for parameters in (yarn, {"main": {}, "compress": yarn}):
+        flash = SimpleNamespace(
+            rope_parameters=parameters, qk_rope_head_dim=64, compress_rope_theta=160000, max_position_embeddings=1 << 20
+        )
+        assert key_speeds(flash).equal(published())
+    assert np.allclose(key_speeds(SimpleNamespace(**vars(flash) | {"rope_parameters": small})), frequencies(4, 4096))
 
 
 def test_layers_of_the_model() -> None:

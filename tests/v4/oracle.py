@@ -21,15 +21,14 @@ E4M3 = np.array([_e4m3(code) for code in range(256)])
 
 def states(pages: torch.Tensor, size: int, where: np.ndarray) -> np.ndarray:
     """float64 [n, 512] of the states numbered `where` int [n] in uint8 pages [M, bytes] of fp8_ds_mla with `size`."""
-    out = np.zeros((len(where), 512))
-    for i, number in enumerate(where):
-        page, place = pages[int(number) // size].numpy(), int(number) % size
-        data = page[576 * place : 576 * place + 576]
-        exponents = page[576 * size + 8 * place : 576 * size + 8 * place + 7].astype(np.int64)
-        scales = np.where(exponents == 0, 0.0, 2.0 ** (exponents - 127.0))
-        out[i, :448] = (E4M3[data[:448]].reshape(7, 64) * scales[:, None]).reshape(-1)
-        out[i, 448:] = (data[448:].copy().view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return out
+    page, place = where // size, (where % size)[:, None]
+    held = pages.numpy()
+    data = held[page[:, None], 576 * place + np.arange(576)]
+    exponents = held[page[:, None], 576 * size + 8 * place + np.arange(7)].astype(np.int64)
+    scales = np.where(exponents == 0, 0.0, 2.0 ** (exponents - 127.0))
+    nope = (E4M3[data[:, :448]].reshape(-1, 7, 64) * scales[:, :, None]).reshape(-1, 448)
+    rope = (data[:, 448:].copy().view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return np.concatenate([nope, rope], axis=1)
 
 
 def index_keys(cache: torch.Tensor, blocks: np.ndarray, count: int) -> np.ndarray:

@@ -9,31 +9,35 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from tests.v4.model import CONFIG
+
 Weights = dict[str, torch.Tensor]
+_ROPE = CONFIG["rope_scaling"]
 
 
-def frequencies() -> np.ndarray:
-    """YaRN: base 160000, factor 16, original length 65536, β 32 and 1."""
+def frequencies(factor: float = 16, length: int = 65536) -> np.ndarray:
+    """YaRN with base 160000 and β 32 and 1. V4-Flash's factor and original length, unless told."""
     i = np.arange(32)
     plain = 160000.0 ** (-i / 32)
-    turns = 65536 * plain / (2 * np.pi)
+    turns = length * plain / (2 * np.pi)
     # The ramp is over the pair's number, between those that turn 32 times and once, rounded outwards.
     low = math.floor(np.interp(-np.log(32), -np.log(turns), i))
     high = math.ceil(np.interp(-np.log(1), -np.log(turns), i))
-    assert (low, high) == (15, 25)
     slowed = np.clip((i - low) / (high - low), 0, 1)
-    return plain * (1 - slowed) + plain / 16 * slowed
+    return plain * (1 - slowed) + plain / factor * slowed
 
 
-def reference(w: Weights, hidden: np.ndarray, position: int, keys: np.ndarray) -> np.ndarray:
-    """Logits float64 [N] of one row hidden float64 [hidden_size] with keys float64 [N, 128]."""
+def reference(
+    w: Weights, hidden: np.ndarray, position: int, keys: np.ndarray, speeds: np.ndarray | None = None
+) -> np.ndarray:
+    """Logits float64 [N] of one row hidden float64 [hidden_size] with keys float64 [N, 128]. speeds: V4-Flash's."""
     wq_a, wq_b, norm, proj = (
         w[name].double().numpy() for name in ("wq_a.weight", "wq_b.weight", "q_norm_weight", "weights_proj.weight")
     )
     y = wq_a @ hidden
     y = y / np.sqrt(np.mean(y * y) + 1e-6) * norm
     q = (wq_b @ y).reshape(-1, 128)
-    turn = np.exp(1j * position * frequencies())
+    turn = np.exp(1j * position * (frequencies() if speeds is None else speeds))
     pairs = (q[:, 64::2] + 1j * q[:, 65::2]) * turn
     q[:, 64::2], q[:, 65::2] = pairs.real, pairs.imag
     weights = (proj @ hidden) * 128**-0.5 * len(q) ** -0.5
@@ -41,7 +45,7 @@ def reference(w: Weights, hidden: np.ndarray, position: int, keys: np.ndarray) -
 
 
 class Scorers:
-    """A joint file, `retrievers.l<c4 layer>.<name>`."""
+    """A joint file, `retrievers.l<c4 layer>.<name>`, for the small model of `model.py`."""
 
     def __init__(self, path: Path) -> None:
         self._layers: dict[int, Weights] = {}
@@ -58,7 +62,9 @@ class Scorers:
         self, hidden: Mapping[int, np.ndarray], position: int, keys: Mapping[int, np.ndarray], mode: str
     ) -> np.ndarray:
         """float64 [N]: sigmoids of the layers' logits, their maximum ("or") or mean. By layer: see `reference`."""
-        every = [1 / (1 + np.exp(-reference(w, hidden[n], position, keys[n]))) for n, w in self._layers.items()]
+        speeds = frequencies(_ROPE["factor"], _ROPE["original_max_position_embeddings"])
+        logits = [reference(w, hidden[n], position, keys[n], speeds) for n, w in self._layers.items()]
+        every = [1 / (1 + np.exp(-x)) for x in logits]
         return np.max(every, 0) if mode == "or" else np.mean(every, 0)
 
 

@@ -1,14 +1,19 @@
 """The trained memory indexer that `indexer` names: found, read, and checked against the model that it shall serve.
 
-Layers of a checkpoint count c4 layers from 0, in published files (l10, l12, l20) and in folders alike.
+Layers of a checkpoint count c4 layers from 0, in published files (l10, l12, l20) and in folders alike. A folder says
+how fast its queries turn; for a file, which does not, they turn as the model's index keys do.
 """
 
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vllm_lsa.config import LsaConfig
 from vllm_lsa.errors import LsaError
 from vllm_lsa.indexer.checkpoint import fingerprint, fingerprint_of
+from vllm_lsa.indexer.memory_indexer import MemoryIndexer
+from vllm_lsa.indexer.rotary import yarn_inverse_frequencies
 from vllm_lsa.indexer.trained import find
 from vllm_lsa.models.deepseek_v4.scorer import PagedScorer, model_layers
 
@@ -28,10 +33,13 @@ def load_scorer(config: LsaConfig, model_config: Any) -> PagedScorer | None:
     path = checkpoint_path(config.indexer)
     if path is None:
         return None
-    scorer = PagedScorer.load(path, "fp32")
-    model = model_config.hf_config
-    model_layers(scorer.layers, model.compress_ratios)
-    width = scorer.indexer.config.hidden_size
+    indexer, model = MemoryIndexer.load(path), model_config.hf_config
+    if path.is_file():
+        for layer in indexer.layers:
+            indexer.layer(layer).inv_freq = key_speeds(model)
+    scorer = PagedScorer(indexer, "fp32")
+    model_layers(indexer.layers, model.compress_ratios)
+    width = indexer.config.hidden_size
     if width != model.hidden_size:
         raise LsaError(
             f"lsa.indexer={config.indexer!r} reads hidden states of {width}, this model's have {model.hidden_size}: "
@@ -39,8 +47,22 @@ def load_scorer(config: LsaConfig, model_config: Any) -> PagedScorer | None:
         )
     folder = Path(model_config.model)
     known = fingerprint_of(folder) if folder.is_dir() else fingerprint(model.to_dict())
-    scorer.indexer.require_backbone(known)
+    indexer.require_backbone(known)
     return scorer
+
+
+def key_speeds(model: Any) -> torch.Tensor:
+    """Radians per token of the RoPE in the index keys of a model, from its Hugging Face config; float64 [32]."""
+    rope = model.rope_parameters
+    rope = rope.get("compress", rope)
+    return yarn_inverse_frequencies(
+        model.qk_rope_head_dim,
+        model.compress_rope_theta,
+        rope.get("factor", 1.0),
+        rope.get("original_max_position_embeddings", model.max_position_embeddings),
+        rope.get("beta_fast", 32),
+        rope.get("beta_slow", 1),
+    )
 
 
 def threshold_of(config: LsaConfig, scorer: PagedScorer | None) -> float:
