@@ -1,6 +1,7 @@
 """The fallbacks of tests/v4 against loops over single rows, states and bytes."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -187,3 +188,42 @@ def test_metadata_of_a_batch_with_a_decode_row_and_two_prompts():
     reach = torch.zeros(2, dtype=torch.int32)
     metadata.prefill_gather_lens(reach, lengths, starts, torch.zeros(3, dtype=torch.int32), 2, 1, 4, 2)
     assert reach.tolist() == [5, 3 + 3]
+
+
+def library(name: str) -> Any:
+    """vLLM's own operator. Skips where its library, which follows from the CPU, has none."""
+    platforms = pytest.importorskip("vllm.platforms")
+    platforms.current_platform.import_kernels()
+    if not hasattr(torch.ops._C, name):
+        pytest.skip(f"vLLM's library for this CPU has no {name}")
+    return getattr(torch.ops._C, name)
+
+
+def test_the_librarys_logits_are_the_same():
+    states, heads, count = 64, 16, 700
+    theirs = library("fp8_paged_mqa_logits_cpu")
+    cache = torch.zeros(14, states * 132, dtype=torch.uint8)
+    keys = torch.randn(14 * states, pages.INDEX_HEAD).bfloat16()
+    pages.write_index_keys(cache, states, torch.arange(len(keys)), keys)
+    q, weight = torch.randn(2, heads, pages.INDEX_HEAD).to(torch.float8_e4m3fn), torch.rand(2, heads)
+    lengths, table = torch.tensor([count, 65], dtype=torch.int32), torch.randperm(14).int().expand(2, 14).contiguous()
+    got = theirs(q, cache, weight, lengths, table, states, count)
+    want = attention.fp8_paged_mqa_logits_cpu(q, cache, weight, lengths, table, states, count)
+    for row, length in enumerate(lengths.tolist()):
+        mine = want[row, :length]
+        assert (got[row, :length] - mine).abs().max() <= 1e-4 * mine.abs().max()
+
+
+def test_the_librarys_attention_is_the_same_but_for_its_bf16():
+    states, tokens = 64, 3
+    theirs = library("flash_mla_with_kvcache_cpu")
+    window, compressed = filled(8, states), filled(12, states)
+    q = torch.randn(tokens, 4, pages.HEAD).bfloat16()
+    near = torch.arange(200, 200 + tokens).unsqueeze(1) + torch.arange(128)
+    far = torch.stack([torch.randperm(12 * states)[:512] for _ in range(tokens)])
+    far[1, 100:] = -1
+    sink, got, want = torch.randn(4), torch.empty_like(q), torch.empty_like(q)
+    arguments = (q, window, near, states, compressed, far, states, sink, 0.04)
+    theirs(got, *arguments)
+    attention.flash_mla_with_kvcache_cpu(want, *arguments)
+    assert (got.float() - want.float()).abs().max() <= 2**-6 * want.float().abs().max()

@@ -12,6 +12,8 @@ from unittest import mock
 _ROOT = Path(__file__).resolve().parents[2]
 # Entry points: vLLM's name for a plugin, and the function here.
 _FALLBACKS, _CHUNKS = "v4_cpu_fallbacks", "v4_cpu_chunks"
+# A variable: fallbacks also where the library has operators of its own.
+_EVERYWHERE = "V4_FALLBACKS_EVERYWHERE"
 _registered = False
 
 
@@ -68,7 +70,7 @@ def _install() -> None:
 
     from tests.v4 import attention, caches, dense, metadata, operators  # noqa: F401 - they collect operators
 
-    operators.define()
+    operators.define(everywhere=_EVERYWHERE in os.environ)
     if not HAS_TRITON:
         register_kernels(metadata.KERNELS)
     _complete_layer_types()

@@ -21,15 +21,17 @@ def fallback(schema: str) -> Callable[[Function], Function]:
     return mark
 
 
-def define() -> None:
-    """Define the collected operators, in the place of those that the loaded library of vLLM has.
+def define(everywhere: bool = False) -> None:
+    """Define those of the collected operators that the loaded library of vLLM lacks, or all.
 
-    So that tests compute the same on every CPU: the library's sum in other orders, and take other sizes only.
+    everywhere: also in the place of operators that the library has, so that tests compute the same on any CPU.
     """
     # Operators live as long as the library object does.
     library = torch.library.Library("_C", "FRAGMENT")
     _libraries.append(library)
     for name, (schema, function) in _FALLBACKS.items():
-        if not hasattr(torch.ops._C, name):
+        present = hasattr(torch.ops._C, name)
+        if not present:
             library.define(name + schema)
-        library.impl(name, function, "CPU", allow_override=True)
+        if everywhere or not present:
+            library.impl(name, function, "CPU", allow_override=True)
