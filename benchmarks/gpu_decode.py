@@ -35,7 +35,7 @@ def groups(args: argparse.Namespace) -> list[tuple[int, list[int], int]]:
         for batch, before in zip(batches, [0, *batches], strict=False):
             # While a prompt is read the requests before it go on, a token a step.
             prefill = -(-(batch - before) * context // (engines.STEP_TOKENS - batch)) + batch - before
-            most += prefill + args.skip + args.steps + (PROFILED + 8) * bool(args.profile) + 8
+            most += prefill + args.skip + args.steps + (2 * PROFILED + 8) * bool(args.profile) + 8
         found.append((context, batches, most))
     return found
 
@@ -135,7 +135,9 @@ def footprint(engine: Any, shape: Any, length: float, batch: int) -> tuple[float
 
 
 def profile(path: Path, requests: engines.Requests) -> None:
-    """The kernels of some decode steps by the time they take, as a table."""
+    """The kernels of some decode steps by the time they take, as a table; and the host's functions in some others."""
+    import cProfile
+    import pstats
     import time
 
     import torch
@@ -157,7 +159,11 @@ def profile(path: Path, requests: engines.Requests) -> None:
     lines.append(f"{'us/step':>10} {'share':>6} {'calls':>7}  kernel")
     lines += [f"{time:10.1f} {time / total:6.1%} {calls:7.1f}  {name[:110]}" for time, calls, name in kernels[:25]]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+    with path.open("w") as out:
+        out.write("\n".join(lines) + "\n\nThe host in as many steps:\n")
+        with cProfile.Profile() as host:
+            requests.decode(PROFILED)
+        pstats.Stats(host, stream=out).strip_dirs().sort_stats("tottime").print_stats(20)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -207,7 +213,12 @@ def main() -> None:
         action="store_true",
         help="read prompts without attention: the same decode steps, and no prefill times",
     )
-    parser.add_argument("--profile", type=Path, metavar="DIR", help="write the top kernels of 20 steps per case there")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="DIR",
+        help="write the top kernels and host functions of 20 steps per case there",
+    )
     args = parser.parse_args()
     if args.plot:
         plot(read_rows(args.plot), args.out.with_suffix(".png"))

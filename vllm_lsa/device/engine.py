@@ -81,9 +81,10 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copied: torch.cuda.Event | None = None
         self._stalls = StallClock(device)
-        self._row_data = torch.zeros(5, rows, dtype=torch.int32, device=device)
+        # Rows of 16 bytes: Triton compiles a kernel anew for a pointer that lies differently.
+        self._row_data = torch.zeros(5, -(-rows // 4) * 4, dtype=torch.int32, device=device)
         table = torch.zeros(rows, g.blocks(self._max_model_len), dtype=torch.int32, device=device)
-        token, length, state, query_row, refreshed = self._row_data
+        token, length, state, query_row, refreshed = self._row_data[:, :rows]
         self._rows = DeviceRows(token, length, state, query_row, table)
         # The same rows, where those whose sets need no refresh have none.
         self._refreshed = DeviceRows(token, length, refreshed, query_row, table)
@@ -123,7 +124,7 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         self.plan_capture(1)
         rows = self._rows.first(1)
         ops.advance(rows, self.sets, self._slot_of, self._tails, g)
-        self._refresh_rows(rows)
+        self._refresh_rows(self._refreshed.first(1))
         self._await_copies()
         ops.fetch(pool, host, self.refresh.copy_page[:1], self.refresh.copy_slot[:1], MANY_COPIES)
         none = torch.full((1,), -1, dtype=torch.int64, device=self._device)
@@ -193,7 +194,7 @@ class DeviceEngine(LsaEngine[DevicePlan]):
     def _fill_rows(
         self, decodes: list[Row], places: list[int], block_table: torch.Tensor | None, num_rows: int
     ) -> None:
-        data = np.zeros((5, self._max_requests), np.int32)
+        data = np.zeros(self._row_data.shape, np.int32)
         data[2] = data[4] = -1
         for i, row in enumerate(decodes):
             request = row.request

@@ -18,10 +18,12 @@ COPY_TILE = 4096
 LOOK = 64
 """Entries of a long list of copies that a program looks at at a time."""
 SPLIT_CHUNKS = 512
-MAX_SPLITS = 16
+MAX_SPLITS = 128
 """Demand looks at a row's chunks in up to so many parts side by side, of about that many chunks each."""
 MASS_ROWS = 4
 """Rows that it looks at side by side: programs with nothing to do take time as well."""
+MASS_PROGRAMS = 1024
+"""More than a device runs at a time are not worth it either, so many rows and lanes have fewer parts."""
 
 
 def host_delta(pool: torch.Tensor, host_pages: torch.Tensor) -> int:
@@ -119,8 +121,8 @@ class DemandScratch:
 
     victims: int32 [n, G, most + 1]. page: int64 [n, G, most], slot: int32 [n, G, most], -1 where nothing was copied.
     demanded: int64 [1], chunks since the start. logits: fp32 [state pages, Hq, PAGE]. The chunks of a row are
-    looked at in `splits` parts: top, total: fp32 [n, G, heads of a lane padded to a power of two, splits]; wanted,
-    where: int32 [n, G, splits], best: fp32.
+    looked at in up to `splits` parts: top, total: fp32 [n, G, heads of a lane padded to a power of two, splits];
+    wanted, where: int32 [n, G, splits], best: fp32.
     """
 
     victims: torch.Tensor
@@ -187,11 +189,12 @@ def pick(
     if not len(rows.length):
         return
     per_lane = g.num_q_heads // g.layer_lanes
-    splits = scratch.best.shape[2]
-    grid = (len(rows.length), g.layer_lanes)
+    n = len(rows.length)
+    grid = (n, g.layer_lanes)
+    side_by_side = min(n, MASS_ROWS) * g.layer_lanes
+    splits = max(1, min(scratch.best.shape[2], power_of_two(MASS_PROGRAMS // side_by_side + 1) // 2))
     shape = dict(CHUNK=g.chunk_tokens, PAGE=PAGE, Q_HEADS=g.num_q_heads, LANE_Q=per_lane, SPLITS=splits, BLOCK=block)
     heads, stride, first = power_of_two(per_lane), sets.pages.stride(0), layer * g.layer_lanes
-    n = len(rows.length)
     shared = (min(n, MASS_ROWS), g.layer_lanes, splits)
     if splits > 1:  # the next kernel does it where each lane has one program anyway
         demand.mass_stats_kernel[shared](
