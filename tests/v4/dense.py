@@ -74,7 +74,8 @@ def _scores(logits: torch.Tensor, scoring_func: str) -> torch.Tensor:
 @fallback(
     "(Tensor hidden_states, Tensor gating_output, Tensor correction_bias, int topk, bool renormalize, "
     "str scoring_func, int num_fused_shared_experts, float? routed_scaling_factor, "
-    "bool apply_routed_scaling_factor_on_output) -> (Tensor, Tensor)"
+    "bool apply_routed_scaling_factor_on_output) -> (Tensor, Tensor)",
+    always=True,
 )
 def biased_topk_cpu(
     hidden_states: torch.Tensor,
@@ -104,7 +105,8 @@ def biased_topk_cpu(
 
 @fallback(
     "(Tensor gating_output, Tensor tid2eid, int topk, str scoring_func, int num_fused_shared_experts, "
-    "int num_experts, float routed_scaling_factor) -> (Tensor, Tensor)"
+    "int num_experts, float routed_scaling_factor) -> (Tensor, Tensor)",
+    always=True,
 )
 def hash_topk_cpu(
     gating_output: torch.Tensor,
