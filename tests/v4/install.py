@@ -12,16 +12,18 @@ from unittest import mock
 _ROOT = Path(__file__).resolve().parents[2]
 # Entry points: vLLM's name for a plugin, and the function here.
 _FALLBACKS, _CHUNKS = "v4_cpu_fallbacks", "v4_cpu_chunks"
-# A variable: fallbacks also where the library has operators of its own.
+# A variable that says `everywhere`.
 _EVERYWHERE = "V4_FALLBACKS_EVERYWHERE"
 _registered = False
 
 
-def environment(folder: Path, chunks: bool = False, plugins: tuple[str, ...] = ()) -> dict[str, str]:
+def environment(
+    folder: Path, chunks: bool = False, plugins: tuple[str, ...] = (), everywhere: bool = False
+) -> dict[str, str]:
     """Write the distribution into folder; returns the environment with it, in which no other plugin is loaded.
 
     chunks: prompts in chunks and prefix caching, as where the CPU has AMX; stock vLLM forbids V4 both without.
-    plugins: vLLM plugins to load besides, by name.
+    plugins: vLLM plugins to load besides, by name. everywhere: fallbacks also where the library has operators.
     """
     info = folder / "v4_cpu_fallbacks-0.dist-info"
     info.mkdir(parents=True, exist_ok=True)
@@ -31,7 +33,8 @@ def environment(folder: Path, chunks: bool = False, plugins: tuple[str, ...] = (
     )
     path = [str(folder), str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     names = [_FALLBACKS, *([_CHUNKS] if chunks else []), *plugins]
-    return {"PYTHONPATH": os.pathsep.join(path), "VLLM_PLUGINS": ",".join(names)}
+    variables = {"PYTHONPATH": os.pathsep.join(path), "VLLM_PLUGINS": ",".join(names)}
+    return variables | ({_EVERYWHERE: "1"} if everywhere else {})
 
 
 def register() -> None:
