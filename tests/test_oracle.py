@@ -23,8 +23,9 @@ RUNS = [
 def test_logits_equal_the_oracle_for_every_policy(tmp_path):
     """256 steps and more over four prompts of 4,000 tokens and more, four cycles each, poison on.
 
-    The bound is 1e-4 for all but one in 20,000 of the 13 million logits: rounding in fp32 alone reaches 1.1e-4 when
-    everything is kept (docs/log.md), so the largest may be half as much again.
+    The bound is 1e-4 for all but one in 200 of the 13 million logits, and 2e-4 for those. With everything kept, when only
+    rounding in fp32 is left, machines and threads reach 1.1e-4 to 1.6e-4, and up to one in 400 is beyond 1e-4
+    (docs/log.md); a wrong set shows at 1e-2.
     """
     text = prompts.document()
     # Each continues the one before, so that all but the first also come through the prefix cache.
@@ -33,10 +34,7 @@ def test_logits_equal_the_oracle_for_every_policy(tmp_path):
     shipped = str(SHIPPED / "smollm2-135m-instruct")
     spec = {"checkpoint": shipped, "prompts": tokens, "steps": STEPS, "runs": RUNS, "lsa": lsa}
     for run in run_module("tests.compare_with_oracle", spec, tmp_path, 1200):
-        # Sets drawn at random are others in each run (vLLM makes up the requests' names), and some take the model where
-        # fp32 rounds worse: 1.4e-4 was seen, and 6e-4 of the logits beyond 1e-4.
-        most, share = (2e-4, 2e-3) if run["indexer"] == "random" else (1.5e-4, 5e-5)
-        assert run["steps"] >= 256 and run["worst"] <= most and run["beyond"] <= share, run
+        assert run["steps"] >= 256 and run["worst"] <= 2e-4 and run["beyond"] <= 5e-3, run
         if run["indexer"] != "keep_all":
             # A checkpoint gives some layers nearly twice the mean share.
             assert run["cycles"] >= 16 and run["widest"] < (0.27 if run["indexer"] == "trained" else 0.16), run
