@@ -23,8 +23,8 @@ RUNS = [
 def test_logits_equal_the_oracle_for_every_policy(tmp_path):
     """256 steps and more over four prompts of 4,000 tokens and more, four cycles each, poison on.
 
-    The bound is 1e-4 for all but one in 200 of the 13 million logits, and 2e-4 for those. With everything kept, when only
-    rounding in fp32 is left, machines and threads reach 1.1e-4 to 1.6e-4, and up to one in 400 is beyond 1e-4
+    The bound is 1e-4 for all but one in 200 of the 13 million logits, and 2e-4 for those. With everything kept, when
+    only rounding in fp32 is left, machines and threads reach 1.1e-4 to 1.6e-4, and up to one in 400 is beyond 1e-4
     (docs/log.md); a wrong set shows at 1e-2.
     """
     text = prompts.document()
