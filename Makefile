@@ -15,7 +15,7 @@ serve: venv model
 	$(BIN)/python -m vllm_lsa.demo $(MODEL) --log build/server.log --serve $(ARGS)
 
 test: venv model
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations=15 $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
 
 check: venv
 	$(BIN)/ruff check .
