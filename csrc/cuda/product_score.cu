@@ -21,7 +21,7 @@ namespace {
 
 constexpr int kCodes = 256;
 constexpr int kLine = 128;  // bytes of shared memory that all banks deliver at a time
-constexpr int kMostThreads = 512, kLeastThreads = 256;  // of a block that scores
+constexpr int kMostThreads = 512;  // of a block that scores
 constexpr int kTogether = 4;  // subspaces whose entries are added in bytes, and whose look-ups are under way together
 constexpr int kMaxRows = 1024;
 constexpr int kTableRows = 4;  // whose tables are made side by side: programs with nothing to do take time as well
@@ -467,7 +467,7 @@ cudaError_t find_shape(int device, int slabs, int rows, Shape& shape) {
   // As many warps as have room for their codes beside the tables.
   const int tables = slabs * kCodes * kLine, codes = 32 * rows * T;
   const int threads = min(kMostThreads, (most - int(own.sharedSizeBytes) - tables) / codes * 32);
-  if (threads < kLeastThreads) return cudaErrorInvalidConfiguration;
+  if (threads < 32 * W) return cudaErrorInvalidConfiguration;  // a warp a head finds the steps
   const int bytes = tables + threads / 32 * codes;
   error = cudaFuncSetAttribute(score<W, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (!error) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, score<W, T>, threads, bytes);
