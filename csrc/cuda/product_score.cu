@@ -116,23 +116,23 @@ __global__ void __launch_bounds__(kCodes, 4) build_tables(Params p) {
           for (int begin = lane; begin < p.dim; begin += 128) {
             float x[4];
             Q y[4][W];
-  #pragma unroll
+#pragma unroll
             for (int k = 0; k < 4; k++) {
               // Without conditions: past the end are the last element, times 0, and the last head once more.
               const int e = min(begin + 32 * k, p.dim - 1);
               x[k] = matrix[int64_t(d) * p.dim + e];
-  #pragma unroll
+#pragma unroll
               for (int w = 0; w < W; w++) y[k][w] = q[min(g + w, p.group - 1) * p.q_head_stride + e];
             }
-  #pragma unroll
+#pragma unroll
             for (int k = 0; k < 4; k++)
               if (begin + 32 * k >= p.dim) x[k] = 0;
-  #pragma unroll
+#pragma unroll
             for (int k = 0; k < 4; k++)
-  #pragma unroll
+#pragma unroll
               for (int w = 0; w < W; w++) sum[w] += x[k] * to_float(y[k][w]);
           }
-  #pragma unroll
+#pragma unroll
           for (int w = 0; w < W; w++) {
             for (int i = 16; i; i /= 2) sum[w] += __shfl_xor_sync(~0u, sum[w], i);
             if (!lane) lifted[d * heads + g + w] = sum[w] * p.factor;
@@ -145,19 +145,21 @@ __global__ void __launch_bounds__(kCodes, 4) build_tables(Params p) {
       const auto take = [&](float c, int d) {
         float by[W];
         __builtin_memcpy(by, __builtin_assume_aligned(lifted + d * heads + pass * W, kAlign), sizeof by);
-  #pragma unroll
+#pragma unroll
         for (int w = 0; w < W; w++) x[w] += c * by[w];
       };
-      const auto take_four = [&](float4 c, int d) { take(c.x, d), take(c.y, d + 1), take(c.z, d + 2), take(c.w, d + 3); };
+      const auto take_four = [&](float4 c, int d) {
+        take(c.x, d), take(c.y, d + 1), take(c.z, d + 2), take(c.w, d + 3);
+      };
       if (real && wide) {
-  #pragma unroll
+#pragma unroll
         for (int i = 0; i < kHeld; i++)
           if (4 * i < width) take_four(held[i], 4 * i);
         for (int d = 4 * kHeld; d < width; d += 4) take_four(*reinterpret_cast<const float4*>(centroid + d), d);
       } else if (real) {
         for (int d = 0; d < width; d++) take(centroid[d], d);
       }
-  #pragma unroll
+#pragma unroll
       for (int w = 0; w < W; w++) {
         const int key = order(__float_as_int(x[w]));
         const int low = __reduce_min_sync(~0u, key), high = __reduce_max_sync(~0u, key);
@@ -166,10 +168,10 @@ __global__ void __launch_bounds__(kCodes, 4) build_tables(Params p) {
       __syncthreads();
       const int64_t item = (int64_t(row) * p.kv_heads + h) * p.passes + pass;
       alignas(16) uint16_t entry[W];
-  #pragma unroll
+#pragma unroll
       for (int w = 0; w < W; w++) {
         int first = least[w][0], last = most[w][0];
-  #pragma unroll
+#pragma unroll
         for (int i = 1; i < kCodes / 32; i++) first = min(first, least[w][i]), last = max(last, most[w][i]);
         const float low = __int_as_float(order(first)), range = __int_as_float(order(last)) - low;
         const float scale = range > 0 ? kFraction / range : 0;
