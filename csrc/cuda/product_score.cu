@@ -517,11 +517,10 @@ LSA_EXPORT int lsa_product_score_rows(
   using namespace lsa;
   if (!n) return 0;
   if (n > kMaxRows) return cudaErrorInvalidValue;
-  const Params p = {q,           q_token_stride, q_head_stride, q_dtype,   to_query, centroids, cells,
-                    block_stride, head_stride,    chunk_stride,  per_block, token,    length,    state,
-                    block_table, table_stride,   pages,         pages_stride, reinterpret_cast<uint16_t*>(scratch), nullptr, logits,
-                    n,           kv_heads,       group,         subspaces, dim,      chunk,     factor,
-                    0,           0,              0,             0,         0,        0};
+  const Params p = {q, q_token_stride, q_head_stride, q_dtype, to_query, centroids, cells, block_stride, head_stride,
+                    chunk_stride, per_block, token, length, state, block_table, table_stride, pages, pages_stride,
+                    reinterpret_cast<uint16_t*>(scratch), nullptr, logits, n, kv_heads, group, subspaces, dim, chunk,
+                    factor, 0, 0, 0, 0, 0, 0};
   const auto on = static_cast<cudaStream_t>(stream);
   const bool wide = chunk % 16 == 0;
   if (group > 4) return launch<8, 8>(p, on);  // 16 tokens of 8 heads would not fit into the registers
