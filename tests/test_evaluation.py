@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +29,14 @@ from vllm_lsa.indexer.min_max import MinMaxIndex
 from vllm_lsa.indexer.product import ProductIndex, ProductTables
 from vllm_lsa.indexer.rotary import RopeConfig, inverse_frequencies, rotate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2,
     "initializer_range": 0.25,
 }  # fmt: skip
 CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors are slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_model(folder: Path, kind: str = "llama", **changes: Any) -> Path:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +38,8 @@ from vllm_lsa.indexer.checkpoint import fingerprint_of
 from vllm_lsa.indexer.product import ProductIndex, ProductTables
 from vllm_lsa.indexer.rotary import RopeConfig, inverse_frequencies, rotate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAYERS, HEADS, KV_HEADS, DIM, CONTEXT = 2, 4, 2, 16, 512
 ARGUMENTS = {
     "context": CONTEXT, "documents": 4, "steps": 24, "save_every": 4, "cycles": 4, "key_sample": 1024,
@@ -67,24 +68,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / name, folder / name)
     return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    whole = (ROOT / "vllm_lsa" / "demo" / "document.txt").read_text(encoding="utf-8")
-    for i in range(4):
-        (folder / f"{i}.txt").write_text(whole[i * 6000 : (i + 1) * 6000], encoding="utf-8")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """What is computed here is too small for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def command(out: Path, model: Path, text: Path, **changes: Any) -> list[str]:

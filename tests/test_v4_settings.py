@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.paths import ROOT
-from tests.v4 import install, model
+from tests.v4 import install
 from tests.v4_runs import scorers
 from vllm_lsa.config import LsaConfig
 from vllm_lsa.errors import LsaError
@@ -23,17 +23,6 @@ from vllm_lsa.models.deepseek_v4.memory_indexer import threshold_of
 from vllm_lsa.models.deepseek_v4.native import LastHidden, LastQueries
 from vllm_lsa.models.deepseek_v4.scorer import PagedScorer
 from vllm_lsa.models.deepseek_v4.settings import for_deepseek_v4
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model.write(tmp_path_factory.mktemp("v4") / "model")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A memory indexer of the published form for all three c4 layers, random."""
-    return scorers(tmp_path_factory.mktemp("indexer") / "joint.safetensors")
 
 
 def folder_of(folder: Path, **fields: Any) -> Path:
@@ -63,15 +52,15 @@ json.dump(said, open(sys.argv[2], "w"))
 
 
 @pytest.mark.vllm
-def test_what_cannot_work_is_refused_in_one_line(path, checkpoint, tmp_path):
+def test_what_cannot_work_is_refused_in_one_line(v4_path, v4_checkpoint, tmp_path):
     env = {**install.environment(tmp_path / "plugin", plugins=("lsa",)), "OMP_NUM_THREADS": "1"}
-    weights = load_file(checkpoint)
+    weights = load_file(v4_checkpoint)
     torch.save({"model_state": weights, "epoch": 1}, tmp_path / "wrapped.pt")
     (tmp_path / "damaged.safetensors").write_bytes(b"no tensors")
     save_file({name: x for name, x in weights.items() if "l1.wq_b" not in name}, tmp_path / "incomplete.safetensors")
     flash = scorers(tmp_path / "flash.safetensors", (10, 12, 20))
     wide = scorers(tmp_path / "wide.safetensors", hidden=128)
-    ours, others = folder_of(tmp_path / "ours", backbone_fingerprint=fingerprint_of(path)), tmp_path / "others"
+    ours, others = folder_of(tmp_path / "ours", backbone_fingerprint=fingerprint_of(v4_path)), tmp_path / "others"
     folder_of(others, backbone_fingerprint="0123456789ab-0123456789ab")
     cases: list[tuple[dict[str, Any], str | None]] = [
         ({"tensor_parallel_size": 2}, "tensor and pipeline parallelism"),
@@ -93,7 +82,7 @@ def test_what_cannot_work_is_refused_in_one_line(path, checkpoint, tmp_path):
         ({"indexer": str(ours)}, None),
     ]:
         cases.append(({"additional_config": {"lsa": lsa}}, named))
-    given = [{"model": str(path), "max_model_len": 4096, **arguments} for arguments, _ in cases]
+    given = [{"model": str(v4_path), "max_model_len": 4096, **arguments} for arguments, _ in cases]
     (tmp_path / "in.json").write_text(json.dumps(given))
     subprocess.run(
         [sys.executable, "-c", _REFUSALS, str(tmp_path / "in.json"), str(tmp_path / "out.json")], cwd=ROOT,
@@ -123,7 +112,7 @@ def test_settings_take_defaults_of_v4_and_refuse_what_has_no_meaning():
         assert "\n" not in str(raised.value)
 
 
-def test_a_memory_indexer_brings_its_defaults(checkpoint, tmp_path):
+def test_a_memory_indexer_brings_its_defaults(v4_checkpoint, tmp_path):
     """Its period and threshold, from a folder; pages move all the same, and what was set counts."""
 
     def parsed(**lsa: Any) -> LsaConfig:
@@ -135,9 +124,9 @@ def test_a_memory_indexer_brings_its_defaults(checkpoint, tmp_path):
     assert threshold_of(config, scorer) == 0.25
     assert threshold_of(parsed(indexer=folder, budget=0.5), scorer) == 0.125
     assert threshold_of(parsed(indexer=folder, threshold=0.0), scorer) == 0.0
-    published = parsed(indexer=str(checkpoint), mode="mean")
+    published = parsed(indexer=str(v4_checkpoint), mode="mean")
     assert (published.period, published.mode) == (64, "mean")
-    assert threshold_of(published, PagedScorer.load(checkpoint, "fp32")) == 0.5
+    assert threshold_of(published, PagedScorer.load(v4_checkpoint, "fp32")) == 0.5
     assert threshold_of(parsed(), None) == 0.0
 
 

@@ -1,23 +1,10 @@
 """DeepSeek-V4 with sparse sets inside vLLM on a CPU. See tests/v4/README.md."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.v4 import model
-from tests.v4_runs import FEW_BLOCKS, GROWING, LAYERS, LONG, PAGE, batch, run, scorers
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model.write(tmp_path_factory.mktemp("v4") / "model")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A memory indexer of the published form for all three c4 layers, random."""
-    return scorers(tmp_path_factory.mktemp("indexer") / "joint.safetensors")
+from tests.v4_runs import FEW_BLOCKS, GROWING, LAYERS, LONG, PAGE, batch, run
 
 
 def sparse(indexer: str, **settings: Any) -> dict[str, Any]:
@@ -35,11 +22,11 @@ def sparse(indexer: str, **settings: Any) -> dict[str, Any]:
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("indexer", ["native", "recency", "memory"])
-def test_sparse_decode_reads_the_set_in_the_pool_and_nothing_else(path, checkpoint, tmp_path, indexer):
-    settings = sparse(str(checkpoint) if indexer == "memory" else indexer)
+def test_sparse_decode_reads_the_set_in_the_pool_and_nothing_else(v4_path, v4_checkpoint, tmp_path, indexer):
+    settings = sparse(str(v4_checkpoint) if indexer == "memory" else indexer)
     # The second begins a page on the way, the last is aborted.
     prompts = [LONG, LONG[:3830], LONG[:600], LONG[:3500]]
-    lsa = run(tmp_path, path, [batch(*prompts, max_tokens=40, abort={3: 35})], settings)
+    lsa = run(tmp_path, v4_path, [batch(*prompts, max_tokens=40, abort={3: 35})], settings)
     assert [len(tokens) for tokens in lsa["tokens"][0]] == [40, 40, 40, 35]
     assert all(len(set(tokens)) > 20 for tokens in lsa["tokens"][0][:2])
     assert lsa["reads"] == LAYERS * 39
@@ -61,10 +48,10 @@ def test_sparse_decode_reads_the_set_in_the_pool_and_nothing_else(path, checkpoi
 
 
 @pytest.mark.vllm
-def test_a_sparse_request_is_preempted_and_comes_back(path, tmp_path):
+def test_a_sparse_request_is_preempted_and_comes_back(v4_path, tmp_path):
     # In each layer 14 pages of 12 + 3 · 1.
     settings = sparse("native", device_pool_gib=14 * LAYERS * PAGE / 2**30)
-    lsa = run(tmp_path, path, [GROWING], settings, **FEW_BLOCKS)
+    lsa = run(tmp_path, v4_path, [GROWING], settings, **FEW_BLOCKS)
     assert lsa["preemptions"] > 0
     assert all(len(tokens) == GROWING["max_tokens"] for tokens in lsa["tokens"][0])
     assert any(held < whole for held, whole in lsa["held"])

@@ -38,17 +38,12 @@ def run(folder: Path, path: Path, scenarios: list[dict[str, Any]], chunk: int | 
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model.write(tmp_path_factory.mktemp("v4") / "model")
-
-
-@pytest.fixture(scope="module")
-def stock(path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def stock(v4_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Pairs of prompts of each length together and alone, and one that differs in its first 1,000 tokens only."""
     scenarios = [scenario(f"pair-{length}", prompts) for length, prompts in PROMPTS.items()]
     scenarios += [scenario(f"alone-{length}", prompts, together=False) for length, prompts in PROMPTS.items()]
     scenarios.append(scenario("other-start", [prompt(1000) + PROMPTS[3000][0][1000:]]))
-    return run(tmp_path_factory.mktemp("stock"), path, scenarios)
+    return run(tmp_path_factory.mktemp("stock"), v4_path, scenarios)
 
 
 def test_tokens_depend_on_the_prompt_and_its_far_past(stock):
@@ -64,13 +59,13 @@ def test_a_prompt_in_a_batch_gives_the_tokens_that_it_gives_alone(stock, length)
     assert stock[f"pair-{length}"] == stock[f"alone-{length}"]
 
 
-def test_another_run_in_chunks_and_from_cached_prefixes_gives_the_same_tokens(stock, path, tmp_path):
+def test_another_run_in_chunks_and_from_cached_prefixes_gives_the_same_tokens(stock, v4_path, tmp_path):
     # What was decoded before is now in the prompt: decode steps and prompts write and read the same states.
     half = TOKENS // 2
     longer = [given + told[:half] for given, told in zip(PROMPTS[700], stock["pair-700"], strict=True)]
     scenarios = [scenario(f"pair-{length}", prompts) for length, prompts in PROMPTS.items()]
     scenarios += [scenario("cached", PROMPTS[3000]), scenario("longer", longer, max_tokens=half)]
-    again = run(tmp_path, path, scenarios, chunk=500)
+    again = run(tmp_path, v4_path, scenarios, chunk=500)
     for length in LENGTHS:
         assert again[f"pair-{length}"] == stock[f"pair-{length}"]
     assert again["cached"] == stock["pair-3000"]
@@ -78,12 +73,13 @@ def test_another_run_in_chunks_and_from_cached_prefixes_gives_the_same_tokens(st
     assert again["prefix_hits"] > 5000
 
 
-def test_the_server_with_an_engine_process_of_its_own_gives_the_same_tokens(stock, path, tmp_path):
+def test_the_server_with_an_engine_process_of_its_own_gives_the_same_tokens(stock, v4_path, tmp_path):
     given = PROMPTS[40][0]
     arguments = ["--skip-tokenizer-init", "--max-num-seqs", "4", "--kv-cache-memory-bytes", str(1 << 30)]
     env = {**install.environment(tmp_path / "plugin"), "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     body = {"prompt": given, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-    with Server(path, None, tmp_path / "log.txt", 4096, dtype="bfloat16", arguments=arguments, environment=env) as up:
+    log = tmp_path / "log.txt"
+    with Server(v4_path, None, log, 4096, dtype="bfloat16", arguments=arguments, environment=env) as up:
         call = urllib.request.Request(
             f"{up.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )

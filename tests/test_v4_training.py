@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +38,8 @@ from vllm_lsa.indexer import MemoryIndexer
 from vllm_lsa.indexer.packed_keys import keys_to_pages, pack_keys, unpack_keys
 from vllm_lsa.indexer.published import inverse_frequencies
 from vllm_lsa.models.deepseek_v4.scorer import PagedScorer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONTEXT, WINDOWS, LAYERS = 2560, 2, 3
 ARGUMENTS = {
@@ -85,15 +86,6 @@ def watch() -> None:
     Attention.forward_mqa = watched_attend
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """What is computed here is too small for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small V4 with the RoPE of V4-Flash, which the published layout implies, and a tokenizer of bytes."""
@@ -109,15 +101,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    whole = (ROOT / "vllm_lsa" / "demo" / "document.txt").read_text(encoding="utf-8")
-    for i in range(4):
-        (folder / f"{i}.txt").write_text(whole[i * 6000 : (i + 1) * 6000], encoding="utf-8")
     return folder
 
 
