@@ -11,28 +11,35 @@ from unittest import mock
 
 _ROOT = Path(__file__).resolve().parents[2]
 # Entry points: vLLM's name for a plugin, and the function here.
-_FALLBACKS, _CHUNKS = "v4_cpu_fallbacks", "v4_cpu_chunks"
+_FALLBACKS, _CHUNKS, _CUDA = "v4_cpu_fallbacks", "v4_cpu_chunks", "v4_cuda_parts"
 # A variable that says `everywhere`.
 _EVERYWHERE = "V4_FALLBACKS_EVERYWHERE"
 _registered = False
 
 
 def environment(
-    folder: Path, chunks: bool = False, plugins: tuple[str, ...] = (), everywhere: bool = False
+    folder: Path,
+    chunks: bool = False,
+    plugins: tuple[str, ...] = (),
+    everywhere: bool = False,
+    device: str = "cpu",
 ) -> dict[str, str]:
     """Write the distribution into folder; returns the environment with it, in which no other plugin is loaded.
 
     chunks: prompts in chunks and prefix caching, as where the CPU has AMX; stock vLLM forbids V4 both without.
-    plugins: vLLM plugins to load besides, by name. everywhere: fallbacks also where the library has operators.
+    plugins: vLLM plugins to load besides, by name. everywhere: fallbacks also where the library has operators. device:
+    "cuda" for what a GPU machine without DeepGEMM, tilelang and CuTeDSL lacks (`cuda.py`) instead.
     """
     info = folder / "v4_cpu_fallbacks-0.dist-info"
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: v4-cpu-fallbacks\nVersion: 0\n")
     (info / "entry_points.txt").write_text(
         f"[vllm.general_plugins]\n{_FALLBACKS} = {__name__}:register\n{_CHUNKS} = {__name__}:allow_chunks\n"
+        f"{_CUDA} = {__package__}.cuda:register\n"
     )
     path = [str(folder), str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    names = [_FALLBACKS, *([_CHUNKS] if chunks else []), *plugins]
+    stand_ins = [_CUDA] if device == "cuda" else [_FALLBACKS, *([_CHUNKS] if chunks else [])]
+    names = [*stand_ins, *plugins]
     variables = {"PYTHONPATH": os.pathsep.join(path), "VLLM_PLUGINS": ",".join(names)}
     return variables | ({_EVERYWHERE: "1"} if everywhere else {})
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from vllm_lsa.config import LsaConfig
 from vllm_lsa.memory.geometry import PageGeometry
+from vllm_lsa.memory.host_store import HostStore
 from vllm_lsa.memory.slot_pool import SlotPool
-from vllm_lsa.memory.transfers import Ticket, Transfers
 from vllm_lsa.residency.plan import Row
 from vllm_lsa.residency.requests import Request
 from vllm_lsa.residency.resident_set import ResidentSet
@@ -24,6 +24,18 @@ class Selector(Protocol):
         self, request: Request, row: int, num_chunks: int, budget_chunks: np.ndarray, cycle: int, usage: Usage | None
     ) -> np.ndarray:
         """bool [lanes, num_chunks], True for the full chunks to keep. budget_chunks: int64 [lanes]."""
+
+
+class Fetcher(Protocol):
+    """What brings pages into slots: `Transfers` on a CPU, `DeviceTransfers` on a CUDA device."""
+
+    store: HostStore
+
+    def fetch(self, pages: np.ndarray, slots: np.ndarray, ahead: bool = False) -> Any:
+        """Copy host pages int64 [n] into slots int64 [n]; with `ahead`, they are there after `wait` for the ticket."""
+
+    def wait(self, ticket: Any) -> None:
+        """The pages of a ticket are there for what comes next."""
 
 
 @dataclass
@@ -44,7 +56,7 @@ class _Pending:
     mask: np.ndarray
     chunks: list[np.ndarray]
     slots: list[np.ndarray]
-    ticket: Ticket
+    ticket: Any
 
 
 class _State:
@@ -73,16 +85,18 @@ class LookaheadScheduler:
         config: LsaConfig,
         geometry: PageGeometry,
         pool: SlotPool,
-        transfers: Transfers,
+        transfers: Fetcher,
         select: Selector,
         rows: int,
         layer_weights: Sequence[float] | None = None,
         agree: Callable[[bool], bool] = bool,
         demands: bool | None = None,
+        single_prompt_tokens: bool = False,
     ) -> None:
         """layer_weights: how the budget is shared out over layers, mean 1; None for equal shares.
         agree: whether a value is true on all ranks, which call it together. demands: whether steps take chunks in and
-        note usage; default: as config says."""
+        note usage; default: as config says. single_prompt_tokens: whether a prompt's token that comes alone attends to
+        a resident set as well, as where one kernel serves all rows of one token."""
         self._config = config
         self._geometry = geometry
         self._pool = pool
@@ -91,6 +105,7 @@ class LookaheadScheduler:
         self._agree = agree
         self._shares = Shares(config, geometry, pool.num_slots, layer_weights)
         self._demands = config.demand != "off" if demands is None else demands
+        self._single_prompt_tokens = single_prompt_tokens
         self._free_rows = list(range(rows - 1, -1, -1))
         self._states: dict[Request, _State] = {}
         self.counts = LookaheadCounts()
@@ -133,9 +148,7 @@ class LookaheadScheduler:
         Tokens of the prompt always attend to the whole history, however they were cut into steps; so do several
         generated tokens at once (recomputed after a preemption).
         """
-        return request.num_scheduled == 1 and (
-            request.num_computed >= request.num_prompt or self._states[request].whole
-        )
+        return self._steps_alone(request) or (request.num_scheduled == 1 and self._states[request].whole)
 
     def prepare(self, rows: list[Row]) -> None:
         """Bring every row's resident set to where this step needs it."""
@@ -147,8 +160,13 @@ class LookaheadScheduler:
         for row in sorted(rows, key=lambda r: r.length):
             self._grow(row.request)
         for row in rows:
-            if row.request.num_scheduled == 1 and row.request.num_computed >= row.request.num_prompt:
+            if self._steps_alone(row.request):
                 self._cycle(row.request)
+
+    def _steps_alone(self, request: Request) -> bool:
+        """Whether the request's one token of this step goes by a selected set."""
+        generates = request.num_computed >= request.num_prompt
+        return request.num_scheduled == 1 and (generates or self._single_prompt_tokens)
 
     # -- who keeps everything ---------------------------------------------------------------------------------------
 

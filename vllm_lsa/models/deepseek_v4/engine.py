@@ -1,4 +1,4 @@
-"""LSA of DeepSeek-V4 on a CPU, without vLLM: which c4 pages are resident, and from where attention reads them.
+"""LSA of DeepSeek-V4, without vLLM, here on a CPU: which c4 pages are resident, and from where attention reads them.
 
 A request's resident set is one for all c4 layers, as in the paper: the layers' votes are combined (`mode`) and pages
 are chosen by their best entry (`selection`), so a page is in the pool in every c4 layer or in none. The native indexer
@@ -30,6 +30,8 @@ from vllm_lsa.residency.policies.base import ScoreInput
 from vllm_lsa.residency.requests import Request
 from vllm_lsa.residency.usage import Usage
 from vllm_lsa.tiers import TieredEngine
+
+_CPU = torch.device("cpu")
 
 
 @dataclass
@@ -80,16 +82,18 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
         max_requests: int,
         metrics: MetricsWriter | None = None,
         scorer: PagedScorer | None = None,
+        device: torch.device = _CPU,
     ) -> None:
-        """scorer: the memory indexer, if `config.indexer` names one."""
+        """scorer: the memory indexer, on `device`, if `config.indexer` names one."""
         self.exact: ExactReads | None = None
         # A row reads from at most so many pages, which may all pass through.
         staging = TOP_K if config.indexer == "exact" else 0
-        super().__init__(config, geometry, num_slots, staging, max_requests, torch.device("cpu"), metrics)
-        self.queries = LastQueries(max_requests, geometry.num_layers)
+        super().__init__(config, geometry, num_slots, staging, max_requests, device, metrics)
+        # One row more: rows of a CUDA graph that no request has note there.
+        self.queries = LastQueries(max_requests + 1, geometry.num_layers, device)
         self.scorer = scorer
         layers, width = ((), 0) if scorer is None else (scorer.layers, scorer.indexer.config.hidden_size)
-        self.hidden = LastHidden(max_requests, layers, width)
+        self.hidden = LastHidden(max_requests + 1, layers, width, device)
         self._threshold = threshold_of(config, scorer)
         # The native indexer's opinion needs no policy object: it is what the model says.
         by_model = scorer is not None or config.indexer in ("native", "exact")
@@ -101,6 +105,11 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
         self._attach_store(num_blocks)
         assert self.store is not None
         self._keys = list(cells)
+        self._attach_lookahead()
+        self.close_step()  # pool and store have their sizes on /metrics before the first request
+
+    def _attach_lookahead(self) -> None:
+        assert self.store is not None
         self.transfers = Transfers(self.store, self.pool)
         exact = self.config.indexer == "exact"
         self.lookahead = LookaheadScheduler(
@@ -108,7 +117,6 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
         )
         if exact:
             self.exact = ExactReads(self.config, self.geometry, self.pool, self.transfers, self.lookahead)
-        self.close_step()  # pool and store have their sizes on /metrics before the first request
 
     def layer_pages(self, layer: int) -> torch.Tensor:
         """The store's pages of one layer, uint8 [num_blocks, page bytes], a view."""
@@ -260,21 +268,21 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
             recency_entries=recency,
             sink_entries=sink,
         )
-        return pages[:num_chunks].expand(g.num_layers, num_chunks).numpy()
+        return pages[:num_chunks].expand(g.num_layers, num_chunks).cpu().numpy()
 
     def _scores(self, request: Request, row: int, entries: int, cycle: int) -> torch.Tensor:
         """Scores in [0, 1] of the entries that a request has so far, fp32 [L, entries]; [1, entries] of an ensemble."""
         g = self.geometry
         if self._policy is None:
-            blocks = torch.from_numpy(request.blocks.astype(np.int64))
+            blocks = torch.from_numpy(request.blocks.astype(np.int64)).to(self._device)
             if self.scorer is None:
                 return self.queries.shares(row, self._keys, blocks, entries)
             return self.scorer.scores(
                 self.hidden.of(row),
-                torch.tensor([request.num_computed - 1]),
+                torch.tensor([request.num_computed - 1], device=self._device),
                 dict(enumerate(self._keys)),
                 blocks[None],
-                torch.tensor([entries]),
+                torch.tensor([entries], device=self._device),
                 entries,
                 self.config.mode,
             )

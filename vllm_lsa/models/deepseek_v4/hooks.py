@@ -5,7 +5,7 @@ V4 chooses its attention class itself, whatever backend is asked for. Where LSA 
 importing it makes the layers of every model ask `_attention` for theirs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,13 +76,16 @@ class LsaAttention(DeepseekV4CPUAttention):
         # vLLM's own CPU layer changes the classes of its parts in this way.
         self.indexer.k_cache.__class__ = LsaIndexerCache
         self.indexer.compressor.state_cache.__class__ = LsaIndexerStateCache
-        stock = super().get_kv_cache_spec(vllm_config)
-        self.c4_page_bytes = stock.page_size_bytes
         self._runtime = DeepseekV4Runtime.of(vllm_config)
         self._layer = self._runtime.add_layer(self)
 
     def get_kv_cache_spec(self, vllm_config: Any) -> Any:
         return lsa_spec(self.prefix, super().get_kv_cache_spec(vllm_config))
+
+    def c4_page_bytes(self, block_tokens: int) -> int:
+        """Bytes of a page of the cache that vLLM would have made, with blocks of so many tokens."""
+        spec = super().get_kv_cache_spec(self._runtime.vllm_config)
+        return int(replace(spec, block_size=block_tokens).page_size_bytes)
 
     @property
     def _engine(self) -> DeepseekV4Engine:

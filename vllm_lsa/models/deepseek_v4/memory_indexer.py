@@ -17,6 +17,8 @@ from vllm_lsa.indexer.rotary import yarn_inverse_frequencies
 from vllm_lsa.indexer.trained import find
 from vllm_lsa.models.deepseek_v4.scorer import PagedScorer, model_layers
 
+_CPU = torch.device("cpu")
+
 
 def checkpoint_path(indexer: str) -> Path | None:
     """What `indexer` names: a published file, a folder, or a shipped checkpoint. None if it is the name of a policy."""
@@ -24,20 +26,20 @@ def checkpoint_path(indexer: str) -> Path | None:
     return path if path.suffix in (".pt", ".safetensors") or path.is_dir() else None
 
 
-def load_scorer(config: LsaConfig, model_config: Any) -> PagedScorer | None:
+def load_scorer(config: LsaConfig, model_config: Any, device: torch.device = _CPU) -> PagedScorer | None:
     """The memory indexer that `config` names, for the model of vLLM's ModelConfig; None if it names a policy.
 
-    In fp32, since a CPU has nothing that multiplies fp8. Raises LsaError in one line if it cannot be read, was made for
-    another model, or its layers or shapes do not fit.
+    On a CPU in fp32, which has nothing that multiplies fp8; on a CUDA device as published, bf16 and fp8. Raises
+    LsaError in one line if it cannot be read, was made for another model, or its layers or shapes do not fit.
     """
     path = checkpoint_path(config.indexer)
     if path is None:
         return None
-    indexer, model = MemoryIndexer.load(path), model_config.hf_config
+    indexer, model = MemoryIndexer.load(path, device), model_config.hf_config
     if path.is_file():
         for layer in indexer.layers:
-            indexer.layer(layer).inv_freq = key_speeds(model)
-    scorer = PagedScorer(indexer, "fp32")
+            indexer.layer(layer).inv_freq = key_speeds(model).to(device)
+    scorer = PagedScorer(indexer, "fp8" if device.type == "cuda" else "fp32")
     model_layers(indexer.layers, model.compress_ratios)
     width = indexer.config.hidden_size
     if width != model.hidden_size:

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from vllm_lsa.models.deepseek_v4.scorer import paged_logits
+from vllm_lsa.ops.index_logits import KEY
+
+_CPU = torch.device("cpu")
 
 
 class LastQueries:
@@ -14,16 +17,22 @@ class LastQueries:
     the first layer comes by, since the number of heads shows then.
     """
 
-    def __init__(self, rows: int, layers: int) -> None:
+    def __init__(self, rows: int, layers: int, device: torch.device = _CPU) -> None:
         self._shape = (rows, layers)
+        self._device = device
         self.queries: torch.Tensor | None = None
         self.weights: torch.Tensor | None = None
+
+    def allocate(self, heads: int, width: int = KEY) -> None:
+        """What `note` would do with the first layer that comes by."""
+        self.queries = torch.zeros(*self._shape, heads, width, dtype=torch.float8_e4m3fn, device=self._device)
+        self.weights = torch.zeros(*self._shape, heads, dtype=torch.float32, device=self._device)
 
     def note(self, rows: torch.Tensor, layer: int, q: torch.Tensor, w: torch.Tensor) -> None:
         """Keep q e4m3 [n, h, 128] and w [n, h] for rows int64 [n]."""
         if self.queries is None or self.weights is None:
-            self.queries = torch.zeros(*self._shape, *q.shape[1:], dtype=q.dtype, device=q.device)
-            self.weights = torch.zeros(*self._shape, *w.shape[1:], dtype=torch.float32, device=w.device)
+            self.allocate(*q.shape[1:])
+        assert self.queries is not None and self.weights is not None
         # Indexed assignment has no fp8 form.
         self.queries.view(torch.uint8)[rows, layer] = q.view(torch.uint8)
         self.weights[rows, layer] = w.float()
@@ -42,8 +51,8 @@ class LastQueries:
         long as the indexer has made no query for anyone, because all of it was selected anyway.
         """
         if self.queries is None or self.weights is None:
-            return torch.zeros(len(keys), entries)
-        lengths = torch.tensor([entries])
+            return torch.zeros(len(keys), entries, device=self._device)
+        lengths = torch.tensor([entries], device=self._device)
         return torch.cat(
             [
                 paged_logits(
@@ -65,9 +74,9 @@ class LastHidden:
     states: fp32 [rows, layers, hidden_size], zeros for a request of which nothing was noted.
     """
 
-    def __init__(self, rows: int, layers: Sequence[int], hidden_size: int) -> None:
+    def __init__(self, rows: int, layers: Sequence[int], hidden_size: int, device: torch.device = _CPU) -> None:
         self._places = {layer: place for place, layer in enumerate(layers)}
-        self.states = torch.zeros(rows, len(layers), hidden_size)
+        self.states = torch.zeros(rows, len(layers), hidden_size, device=device)
 
     def note(self, rows: torch.Tensor, layer: int, hidden: torch.Tensor) -> None:
         """Keep hidden [n, hidden_size], any float dtype, for rows int64 [n]. Other layers' are left alone."""

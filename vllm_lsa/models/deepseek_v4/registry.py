@@ -2,6 +2,7 @@
 
 from vllm.config import VllmConfig
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.platforms import current_platform
 
 from vllm_lsa.config import LsaConfig
 from vllm_lsa.errors import LsaError
@@ -18,19 +19,21 @@ def is_deepseek_v4(vllm_config: VllmConfig) -> bool:
 
 def register() -> None:
     """Replace vLLM's model class by name, so that nothing of V4 is imported before a V4 model is built."""
-    ModelRegistry.register_model(ARCHITECTURE, f"vllm_lsa.models.deepseek_v4.hooks:{ARCHITECTURE}")
+    hooks = "cuda_hooks" if current_platform.is_cuda() else "hooks"
+    ModelRegistry.register_model(ARCHITECTURE, f"vllm_lsa.models.deepseek_v4.{hooks}:{ARCHITECTURE}")
 
 
 def check(vllm_config: VllmConfig) -> LsaConfig:
     """Refuse what cannot work. Raises LsaError; returns the parsed configuration."""
     config = for_deepseek_v4(LsaConfig.parse(vllm_config.additional_config))
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    if vllm_config.device_config.device_type != "cpu":
+    device = vllm_config.device_config.device_type
+    if device not in ("cpu", "cuda"):
         raise LsaError(
-            "DeepSeek-V4 with LSA runs on CPU only so far: serve it with another --attention-backend on "
-            f"{vllm_config.device_config.device_type}"
+            f"DeepSeek-V4 with LSA runs on CPU and CUDA devices: serve it with another --attention-backend on {device}"
         )
     refusals = {
+        f"lsa.indexer={config.indexer!r} on a CUDA device is": device == "cuda" and config.indexer == "exact",
         f"architectures {model.architectures} are": list(model.architectures) != [ARCHITECTURE],
         f"index_topk={getattr(model.hf_config, 'index_topk', None)} (other than {TOP_K}) is": getattr(
             model.hf_config, "index_topk", None

@@ -5,11 +5,13 @@ from typing import Any
 
 import psutil
 from vllm.logger import init_logger
+from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_lsa.config import GIB
 from vllm_lsa.errors import LsaError
 from vllm_lsa.metrics import MetricsWriter
+from vllm_lsa.models.deepseek_v4.device_engine import DeepseekV4DeviceEngine, entry_view
 from vllm_lsa.models.deepseek_v4.engine import DeepseekV4Engine, EntryPlan
 from vllm_lsa.models.deepseek_v4.geometry import EntryGeometry
 from vllm_lsa.models.deepseek_v4.memory_indexer import load_scorer
@@ -45,13 +47,15 @@ class DeepseekV4Runtime(Runtime):
 
     def attach(self, kv_cache_config: Any) -> None:
         """Make the engine: the host store has as many blocks as vLLM has made."""
-        require_split(specs_of(kv_cache_config.kv_cache_groups), kv_cache_config.kv_cache_groups)
+        specs = specs_of(kv_cache_config.kv_cache_groups)
+        require_split(specs, kv_cache_config.kv_cache_groups)
         layers = self._attentions
         keys = [attention.indexer.k_cache for attention in layers]
         self.group = _group_of([cache.prefix for cache in keys], kv_cache_config.kv_cache_groups)
         geometry = EntryGeometry(
             num_layers=len(layers),
-            num_page_bytes=layers[0].c4_page_bytes,
+            # vLLM's own setting of the block size is that of the narrowest group by now.
+            num_page_bytes=layers[0].c4_page_bytes(specs[keys[0].prefix].block_size),
             entries=PAGE_ENTRIES,
             entry_tokens=C4_TOKENS,
             index_bytes=keys[0].kv_cache[0].numel(),
@@ -62,12 +66,18 @@ class DeepseekV4Runtime(Runtime):
         name = f"{self.vllm_config.parallel_config.rank}-{self.vllm_config.instance_id}"
         rows = self.vllm_config.scheduler_config.max_num_seqs
         writer = MetricsWriter(plugin_metrics.directory(), name)
-        scorer = load_scorer(self.config, self.vllm_config.model_config)
-        self.engine = DeepseekV4Engine(self.config, geometry, slots, rows, writer, scorer)
+        model, device = self.vllm_config.model_config, self.device
+        scorer = load_scorer(self.config, model, device)
+        if device.type == "cuda":
+            tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
+            heads = layers[0].indexer.n_head
+            self.engine = DeepseekV4DeviceEngine(
+                self.config, geometry, slots, rows, tokens, model.max_model_len, heads, device, writer, scorer
+            )
+        else:
+            self.engine = DeepseekV4Engine(self.config, geometry, slots, rows, writer, scorer)
         self.engine.attach(blocks, [cache.kv_cache for cache in keys])
-        for layer, attention in enumerate(layers):
-            # [blocks, entries, bytes], as the compressor writes it.
-            attention.kv_cache = self.engine.layer_pages(layer).unflatten(1, (geometry.entries, -1))
+        self._bind(layers)
         logger.info(
             "LSA: DeepSeek-V4, %d c4 layers, host store %d blocks (%.2f GiB), device pool %d slots (%.2f GiB), "
             "budget %g, indexer %s",
@@ -79,6 +89,23 @@ class DeepseekV4Runtime(Runtime):
             self.config.budget,
             self.config.indexer if scorer is None else f"{self.config.indexer} ({self._named(scorer)})",
         )
+
+    def _bind(self, layers: Sequence[Any]) -> None:
+        """Give each layer its pages of the host store, [blocks, entries, bytes], as the compressor writes them."""
+        assert self.engine is not None and self.engine.store is not None
+        entries = self.engine.geometry.entries
+        for layer, attention in enumerate(layers):
+            pages = self.engine.layer_pages(layer)
+            if self.device.type == "cuda":
+                view = get_accelerator_view_from_cpu_tensor(pages)
+                if view.data_ptr() != pages.data_ptr():
+                    raise LsaError(
+                        "the GPU does not reach pinned host memory by the host's addresses, which LSA needs: serve "
+                        "without it on this machine"
+                    )
+                attention.kv_cache = entry_view(view, entries)
+            else:
+                attention.kv_cache = pages.unflatten(1, (entries, -1))
 
     def _named(self, scorer: PagedScorer) -> str:
         """What a memory indexer scores, for the log."""

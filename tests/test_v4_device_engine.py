@@ -1,0 +1,168 @@
+"""The V4 engine of a CUDA device beside that of a CPU, fed the same: kernels run on the GPU, or in the interpreter."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.kernels import DEVICE, load
+from vllm_lsa.config import LsaConfig
+from vllm_lsa.models.deepseek_v4.device_engine import DeepseekV4DeviceEngine, entry_view
+from vllm_lsa.models.deepseek_v4.engine import DeepseekV4Engine
+from vllm_lsa.models.deepseek_v4.geometry import EntryGeometry
+from vllm_lsa.models.deepseek_v4.settings import PAGE_TOKENS, for_deepseek_v4
+from vllm_lsa.ops.index_logits import KEY, PAGE_BYTES
+from vllm_lsa.residency.requests import NewRequest, RequestUpdate, StepUpdate
+
+for _name in ("pages", "index_logits"):
+    load(_name)
+
+LAYERS, HEADS, REQUESTS, BLOCKS, TOKENS, LENGTH = 2, 4, 4, 80, 4096, 24 * PAGE_TOKENS
+GEOMETRY = EntryGeometry(
+    num_layers=LAYERS, num_page_bytes=37440, entries=64, entry_tokens=4, index_bytes=PAGE_BYTES
+)  # fmt: skip
+
+
+def settings(**values) -> LsaConfig:
+    return for_deepseek_v4(LsaConfig(**{"indexer": "native", "budget": 0.4, "period": 4, **values}))
+
+
+class Both:
+    """Two engines and what both are told. Pages get new bytes in every entry that a step completes."""
+
+    def __init__(self, config: LsaConfig, slots: int) -> None:
+        self.random = np.random.default_rng(3)
+        self.generator = torch.Generator().manual_seed(3)
+        self.cpu = DeepseekV4Engine(config, GEOMETRY, slots, REQUESTS)
+        self.gpu = DeepseekV4DeviceEngine(config, GEOMETRY, slots, REQUESTS, TOKENS, LENGTH, HEADS, DEVICE)
+        keys = torch.zeros(LAYERS, BLOCKS, PAGE_BYTES, dtype=torch.uint8)
+        keys[..., : 64 * KEY] = torch.randn(LAYERS, BLOCKS, 64 * KEY, generator=self.generator).to(
+            torch.float8_e4m3fn
+        ).view(torch.uint8)  # fmt: skip
+        keys[..., 64 * KEY :] = torch.ones(LAYERS, BLOCKS, 64).view(torch.uint8)
+        for engine, device in ((self.cpu, torch.device("cpu")), (self.gpu, DEVICE)):
+            engine.attach(BLOCKS, list(keys.to(device)))
+        self.free = list(range(BLOCKS))
+        self.live: dict[str, dict] = {}
+        self.compared = self.sparse = 0
+
+    def add(self, prompt: int) -> str:
+        name = f"request-{len(self.live)}-{self.random.integers(1 << 30)}"
+        self.live[name] = {"prompt": prompt, "computed": 0, "blocks": [], "known": False}
+        return name
+
+    def step(self, scheduled: dict[str, int], finished: tuple[str, ...] = ()) -> None:
+        """scheduled: rows of one token first, as vLLM orders them."""
+        new, cached = [], []
+        for name in finished:
+            self.free += self.live.pop(name)["blocks"]
+        for name, tokens in scheduled.items():
+            state = self.live[name]
+            lacking = -(-(state["computed"] + tokens) // PAGE_TOKENS) - len(state["blocks"])
+            fresh = [self.free.pop(int(self.random.integers(len(self.free)))) for _ in range(lacking)]
+            state["blocks"] += fresh
+            if state["known"]:
+                cached.append(RequestUpdate(name, fresh, state["computed"], False))
+            else:
+                new.append(NewRequest(name, list(state["blocks"]), 0, state["prompt"]))
+                state["known"] = True
+        for engine in (self.cpu, self.gpu):
+            engine.open_step(StepUpdate(finished=finished, new=new, cached=cached, num_scheduled=dict(scheduled)))
+        rows = list(scheduled.items())
+        plans = self.cpu.plan(rows), self.gpu.plan(rows)
+        self.forward(scheduled, *plans)
+        self.check(*plans)
+        for name, tokens in scheduled.items():
+            self.live[name]["computed"] += tokens
+        for engine in (self.cpu, self.gpu):
+            engine.close_step()
+
+    def forward(self, scheduled, cpu_plan, gpu_plan) -> None:
+        tokens = sum(scheduled.values())
+        for layer in range(LAYERS):
+            for name, count in scheduled.items():
+                state = self.live[name]
+                for entry in range(state["computed"] // 4, (state["computed"] + count) // 4):
+                    data = torch.from_numpy(self.random.integers(0, 256, 584, dtype=np.uint8))
+                    for engine in (self.cpu, self.gpu):
+                        pages = entry_view(engine.layer_pages(layer), 64)
+                        pages[state["blocks"][entry // 64], entry % 64] = data
+            q = torch.randn(tokens, HEADS, KEY, generator=self.generator).to(torch.float8_e4m3fn)
+            w = torch.randn(tokens, HEADS, generator=self.generator)
+            self.cpu.write_through(cpu_plan, layer)
+            self.cpu.note_queries(cpu_plan, layer, q, w)
+            self.gpu.write_through_on_device(layer, len(gpu_plan.written_pages))
+            hidden = torch.zeros(tokens, 8, device=DEVICE)
+            self.gpu.note_on_device(layer, len(gpu_plan.rows), hidden, q.to(DEVICE), w.to(DEVICE))
+
+    def check(self, cpu_plan, gpu_plan) -> None:
+        tables, pool = self.gpu.tables, self.gpu.pool.pages.view(len(self.gpu.pool.pages), -1)
+        assert gpu_plan.pool_rows == list(range(len(gpu_plan.pool_rows)))
+        assert not tables.entries[len(gpu_plan.pool_rows) :].any()
+        for row in gpu_plan.pool_rows:
+            count = int(tables.entries[row])
+            pages = -(-count // 64)
+            blocks = tables.table[row, :pages].cpu()
+            request = gpu_plan.rows[row].request
+            self.sparse += count < request.length // 4
+            if row in cpu_plan.pool_rows and row not in cpu_plan.host_rows:
+                assert count == int(cpu_plan.entries[row])
+                assert torch.equal(blocks, cpu_plan.table[row, :pages])
+                self.compared += 1
+            for layer in range(LAYERS):
+                slots = tables.slots[layer, row, :pages].long()
+                assert torch.equal(pool[slots].cpu(), self.gpu.layer_pages(layer)[blocks.long()])
+
+
+@pytest.mark.parametrize("lead", (0, 2))
+def test_both_engines_hold_the_same_sets(lead):
+    both = Both(settings(lead=lead), slots=LAYERS * 20)
+    long, short = both.add(20 * PAGE_TOKENS + 3), both.add(700)
+    both.step({long: 4000})
+    both.step({long: 1123, short: 300})
+    both.step({long: 1, short: 400})
+    for _ in range(14):
+        both.step({long: 1, short: 1})
+    other = both.add(2 * PAGE_TOKENS)
+    both.step({long: 1, short: 1, other: 2 * PAGE_TOKENS})
+    for _ in range(6):
+        both.step({other: 1, long: 1, short: 1})
+    both.step({other: 1}, finished=(long, short))
+    assert both.compared > 40 and both.sparse > 15
+    assert both.gpu.counted()["cycles"] == both.cpu.counted()["cycles"] > 3
+    both.gpu.open_step(StepUpdate(finished=list(both.live)))
+    assert both.gpu.pool.num_pinned == 0
+
+
+def test_a_prompts_last_token_alone_goes_by_a_set():
+    both = Both(settings(), slots=LAYERS * 14)
+    long = both.add(18 * PAGE_TOKENS)
+    both.step({long: 4000})
+    both.step({long: 18 * PAGE_TOKENS - 4001})
+    both.step({long: 1})
+    assert both.sparse == 1
+    for _ in range(5):
+        both.step({long: 1})
+
+
+def test_pages_without_a_slot_leave_the_set():
+    both = Both(settings(), slots=LAYERS * 16)
+    requests = [both.add(11 * PAGE_TOKENS + n) for n in range(2)]
+    for request in requests:
+        both.step({request: both.live[request]["prompt"]})
+    for _ in range(6):
+        both.step(dict.fromkeys(requests, 1))
+    assert both.gpu.counted()["chunks_missed"] > 0
+    assert both.sparse > 0
+
+
+def test_a_step_of_nobody_reads_and_notes_nothing():
+    both = Both(settings(), slots=LAYERS * 14)
+    one = both.add(700)
+    both.step({one: 700})
+    both.step({one: 1})
+    both.gpu.tables.clear()
+    kept = both.gpu.pool.pages.clone()
+    for layer in range(LAYERS):
+        both.gpu.write_through_on_device(layer, REQUESTS)
+    assert torch.equal(kept, both.gpu.pool.pages) and not both.gpu.tables.entries.any()
+    assert (both.gpu.tables.last_row == REQUESTS).all()

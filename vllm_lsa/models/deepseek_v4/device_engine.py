@@ -1,0 +1,110 @@
+"""LSA of DeepSeek-V4 on a CUDA device, without vLLM: the pool is device memory, the host store pinned.
+
+Sets are planned on the host as on a CPU. What differs: copies go by streams, what kernels read lies in buffers of a
+fixed address (`DeviceTables`), so that a CUDA graph can hold a step, and rows of one token all read the pool: a page
+that gets no slot there is left out of its row's table. Prompts read the store through the device's view of it.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from vllm_lsa.attention import logger_once
+from vllm_lsa.config import LsaConfig
+from vllm_lsa.memory.device_transfers import DeviceTransfers
+from vllm_lsa.metrics import MetricsWriter
+from vllm_lsa.models.deepseek_v4.device_tables import DeviceTables
+from vllm_lsa.models.deepseek_v4.engine import DeepseekV4Engine, EntryPlan
+from vllm_lsa.models.deepseek_v4.geometry import EntryGeometry
+from vllm_lsa.models.deepseek_v4.scorer import PagedScorer
+from vllm_lsa.residency.lookahead import LookaheadScheduler
+from vllm_lsa.residency.plan import Row
+
+DATA_BYTES = 584
+"""Bytes of an entry in fp8_ds_mla."""
+
+
+class DeepseekV4DeviceEngine(DeepseekV4Engine):
+    """The c4 cache in pinned host memory and a pool on the device."""
+
+    transfers: DeviceTransfers  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        config: LsaConfig,
+        geometry: EntryGeometry,
+        num_slots: int,
+        max_requests: int,
+        max_tokens: int,
+        max_length: int,
+        heads: int,
+        device: torch.device,
+        metrics: MetricsWriter | None = None,
+        scorer: PagedScorer | None = None,
+    ) -> None:
+        """max_tokens: of a step. max_length: tokens of a request. heads: of the native indexer."""
+        super().__init__(config, geometry, num_slots, max_requests, metrics, scorer, device)
+        self.queries.allocate(heads)
+        width = geometry.chunks(max_length)
+        self.tables = DeviceTables(geometry, max_requests, width, max_tokens, device)
+
+    def _attach_lookahead(self) -> None:
+        assert self.store is not None
+        self.transfers = DeviceTransfers(self.store, self.pool)
+        self.lookahead = LookaheadScheduler(
+            self.config, self.geometry, self.pool, self.transfers, self._select, self._max_requests, demands=False,
+            single_prompt_tokens=True,
+        )  # fmt: skip
+
+    def pool_entries(self) -> torch.Tensor:
+        """The pool as attention reads it, uint8 [slots, entries, 584], pages a whole page apart."""
+        return entry_view(self.pool.pages.view(len(self.pool.pages), -1), self.geometry.entries)
+
+    def plan(self, rows: Sequence[tuple[str, int]]) -> EntryPlan:
+        assert self.store is not None
+        plan = super().plan(rows)
+        self.tables.send(plan, self.store.lane_offset, self.transfers)
+        return plan
+
+    def _held(self, row: Row) -> tuple[np.ndarray, np.ndarray | None, int]:
+        blocks, slots, entries = super()._held(row)
+        if slots is None:
+            return blocks[:0], None, entries  # a prompt, which needs no table
+        lacking = np.any(slots < 0, axis=0)
+        if not lacking.any():
+            return blocks, slots, entries
+        logger_once(
+            "the device pool (%d slots) is smaller than what is kept: pages without a slot are left out of their "
+            "request's set; raise lsa.device_pool_gib or lower lsa.budget",
+            self.pool.num_slots,
+        )
+        # The last page may be partly filled.
+        last = entries - (len(blocks) - 1) * self.geometry.entries
+        left = int(lacking[:-1].sum()) * self.geometry.entries + (last if lacking[-1] else 0)
+        return blocks[~lacking], slots[:, ~lacking], entries - left
+
+    def write_through_on_device(self, layer: int, pages: int) -> None:
+        """Repeat in the pool the first `pages` pages that the step has written. Fit for a CUDA graph."""
+        tables = self.tables
+        self.transfers.write_pages(tables.written_page[layer, :pages], tables.written_slot[layer, :pages])
+
+    def note_on_device(
+        self, layer: int, rows: int, hidden: torch.Tensor, q: torch.Tensor | None, w: torch.Tensor | None
+    ) -> None:
+        """Keep what the next selection reads of `rows` rows of the batch: hidden [t, hidden_size]; q fp8 [t, h, 128]
+        and w fp32 [t, h], if the indexer made them. Fit for a CUDA graph."""
+        token, row = self.tables.last_token[:rows], self.tables.last_row[:rows]
+        if self.scorer is not None:
+            self.hidden.note(row, layer, hidden[token])
+        elif q is not None and w is not None:
+            self.queries.note(row, layer, q[token], w[token])
+
+    def _quiesce(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def entry_view(pages: torch.Tensor, entries: int) -> torch.Tensor:
+    """Pages uint8 [n, page bytes], in any stride, as [n, entries, 584]."""
+    return pages[:, : entries * DATA_BYTES].unflatten(1, (entries, DATA_BYTES))
