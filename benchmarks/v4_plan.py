@@ -57,7 +57,8 @@ def request_gib(tokens: int, resident: int | None = None, keys_on_host: bool = F
     stock = kept = stock_specs()
     form = "stock"
     if resident is not None:
-        kept, form = v4.lsa_specs(stock, keys_on_host), "keys on host" if keys_on_host else "lsa"
+        kept = v4.lsa_specs(stock, v4.SCORER_LAYERS if keys_on_host else None)
+        form = "keys on host" if keys_on_host else "lsa"
     pool = (resident or 0) * sum(spec.page_size_bytes for name, spec in stock.items() if name not in kept)
     return (sum(v4.request_bytes(kept, tokens).values()) + pool + _ROUNDING_MIB[form] * 2**20) / GIB
 

@@ -213,7 +213,7 @@ PLANNED = {
 
 
 def specs_of(form: str, stock: Specs) -> Specs:
-    return stock if form == "stock" else v4.lsa_specs(stock, index_keys_on_host=form == "index_keys_on_host")
+    return stock if form == "stock" else v4.lsa_specs(stock, v4.SCORER_LAYERS if form == "index_keys_on_host" else None)
 
 
 @pytest.mark.parametrize("form", PLANNED)
@@ -278,7 +278,8 @@ def test_targets_at_a_million(config: VllmConfig, stock: Specs) -> None:
         for form, size in (("stock", sizes["stock"]), ("lsa", lsa))
     )
     assert (stock_fit, lsa_fit) == (14, 47)
-    on_host = {share: sizes["index_keys_on_host"] + v4.pool_bytes(stock, M1, share, True) for share in (0.08, 0.12)}
+    pools = {share: v4.pool_bytes(stock, M1, share, v4.SCORER_LAYERS) for share in (0.08, 0.12)}
+    on_host = {share: sizes["index_keys_on_host"] + pool for share, pool in pools.items()}
     assert {share: round(size / GIB, 2) for share, size in on_host.items()} == {0.08: 0.54, 0.12: 0.69}
 
 
@@ -292,7 +293,7 @@ def test_what_changes(stock: Specs) -> None:
             assert spec.sliding_window == 9 and same.sliding_window == 8
         else:
             assert spec == same
-    on_host = v4.lsa_specs(stock, index_keys_on_host=True)
+    on_host = v4.lsa_specs(stock, key_layers=v4.SCORER_LAYERS)
     keys = [v4.layer_of(name) for name in on_host if name.endswith(".indexer.k_cache")]
     assert keys == [22, 26, 42] and len(on_host) == len(specs) - 18
 
@@ -302,7 +303,7 @@ def test_refusals(stock: Specs) -> None:
     with pytest.raises(LsaError, match="model.layers.2.self_attn is no cache of DeepSeek-V4"):
         v4.lsa_spec("model.layers.2.self_attn", spec)
     with pytest.raises(LsaError, match="attn.indexer.k_cache names no layer"):
-        v4.lsa_spec("attn.indexer.k_cache", spec, index_keys_on_host=True)
+        v4.lsa_spec("attn.indexer.k_cache", spec, key_layers=v4.SCORER_LAYERS)
 
 
 def test_registry_trap(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,11 @@ class LsaConfig(BaseModel):
     device_pool_fraction: float | None = Field(
         None, gt=0, le=1, description="Device memory for resident chunks as a share of the host store. Default: 0.16."
     )
+    index_keys: Literal["device", "host"] = Field(
+        "device",
+        description="DeepSeek-V4: where the index keys of the c4 layers are that no memory indexer scores. host keeps "
+        "those of resident pages alone on the device.",
+    )
     check: Literal["off", "assert", "poison"] = Field(
         "off",
         description="Self-checks for tests: assert compares the request mirror with vLLM's block tables at every "
@@ -190,6 +195,12 @@ class LsaConfig(BaseModel):
             )
         return blocks
 
+    def pool_size(self) -> tuple[float, float]:
+        """Of a rank's device pool: GiB that are set, and its share of the host store where none are."""
+        if self.device_pool_gib is not None:
+            return self.device_pool_gib, 0.0
+        return 0.0, 0.16 if self.device_pool_fraction is None else self.device_pool_fraction
+
     def pool_slots(self, geometry: PageGeometry, host_blocks: int) -> int:
         """Slots of one rank's device pool. Raises LsaError if the forced chunks of one request do not fit."""
         pages = host_blocks * geometry.chunks_per_block * geometry.num_lanes
@@ -199,7 +210,7 @@ class LsaConfig(BaseModel):
                 f"device_pool_gib={self.device_pool_gib}",
             )
         else:
-            fraction = 0.16 if self.device_pool_fraction is None else self.device_pool_fraction
+            _, fraction = self.pool_size()
             slots, named = int(pages * fraction), f"device_pool_fraction={fraction}"
         least = geometry.num_lanes * (self.sink_chunks + self.recency_chunks + 1)
         if slots < least:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class TieredEngine(ABC, Generic[P, G]):
         self.store: HostStore | None = None
 
     @abstractmethod
-    def attach(self, num_blocks: int, cells: Sequence[torch.Tensor]) -> None:
+    def attach(self, num_blocks: int, cells: Sequence[Any]) -> None:
         """Allocate the host store for `num_blocks` blocks and take over the index cells of every layer.
 
         cells: one tensor a layer, uint8 [num_blocks, …], in memory that vLLM allocates and pages.

@@ -72,6 +72,8 @@ def check(vllm_config: VllmConfig) -> LsaConfig:
         deepseek_v4.register()
         return config
     config = LsaConfig.parse(vllm_config.additional_config)
+    if config.index_keys != "device":
+        raise LsaError(f"lsa.index_keys={config.index_keys!r} is for DeepSeek-V4: leave it out with other models")
     model = vllm_config.model_config
     text = model.hf_text_config
     layer_types = set(getattr(text, "layer_types", None) or [])

@@ -25,6 +25,7 @@ from vllm.v1.attention.backends.mla.indexer import (
 )
 
 from vllm_lsa.errors import LsaError
+from vllm_lsa.models.deepseek_v4 import host_keys
 from vllm_lsa.models.deepseek_v4.device_engine import DeepseekV4DeviceEngine
 from vllm_lsa.models.deepseek_v4.engine import EntryPlan
 from vllm_lsa.models.deepseek_v4.runtime import DeepseekV4Runtime
@@ -79,7 +80,12 @@ class LsaIndexerBackend(DeepseekV4IndexerBackend):
 
 
 class LsaIndexerCache(DeepseekV4IndexerCache):
-    """Index keys: vLLM allocates and pages them; the host store follows their blocks."""
+    """Index keys: vLLM allocates and pages them, and the host store follows their blocks; or they are in its pages."""
+
+    key_layers: frozenset[int] | None = None
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+        return lsa_spec(self.prefix, super().get_kv_cache_spec(vllm_config), self.key_layers)
 
     def get_attn_backend(self) -> type[LsaIndexerBackend]:
         return LsaIndexerBackend
@@ -102,6 +108,7 @@ class LsaAttention(DeepseekV4FlashMLAAttention):
         self.indexer.compressor.state_cache.__class__ = LsaIndexerStateCache
         self._runtime = DeepseekV4Runtime.of(vllm_config)
         self._layer = self._runtime.add_layer(self)
+        self.indexer.k_cache.key_layers = self._runtime.key_layers
 
     def get_kv_cache_spec(self, vllm_config: Any) -> Any:
         return lsa_spec(self.prefix, super().get_kv_cache_spec(vllm_config))
@@ -121,7 +128,8 @@ class LsaAttention(DeepseekV4FlashMLAAttention):
         metadata = get_forward_context().attn_metadata
         if not isinstance(metadata, dict):
             return None
-        mine = metadata[self.prefix] = metadata[self.indexer.k_cache.prefix]
+        mine = self._runtime.index_metadata(metadata)
+        metadata[self.prefix] = metadata[self.indexer.k_cache.prefix] = mine
         return mine
 
     def _prepare_and_attn(self, *args: Any, **kwargs: Any) -> None:
@@ -146,6 +154,13 @@ class LsaAttention(DeepseekV4FlashMLAAttention):
         metadata = self._share_metadata()
         if metadata is not None:
             self._note(metadata.plan, hidden_states, index_q, index_weights)
+            if index_q is not None and index_weights is not None and not self._runtime.keeps_keys(self):
+                engine = self._engine
+                keys, slots = engine.geometry.key_pages(engine.pool_pages()), engine.tables.slots[self._layer]
+                decode_slots = slots[: metadata.num_decodes]
+                host_keys.score(self, metadata, keys, decode_slots, hidden_states, index_q, index_weights)
+                self.forward_mqa(*args)
+                return
         super()._sparse_indexer_and_attn(hidden_states, index_q, index_q_scale, index_weights, *args)
 
     def _note(

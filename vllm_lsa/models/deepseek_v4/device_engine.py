@@ -5,7 +5,7 @@ fixed address (`DeviceTables`), so that a CUDA graph can hold a step, and rows o
 that gets no slot there is left out of its row's table. Prompts read the store through the device's view of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -57,9 +57,26 @@ class DeepseekV4DeviceEngine(DeepseekV4Engine):
             single_prompt_tokens=True,
         )  # fmt: skip
 
+    def attach(
+        self,
+        num_blocks: int,
+        cells: Sequence[torch.Tensor | None],
+        view: Callable[[torch.Tensor], torch.Tensor] = lambda pages: pages,
+    ) -> None:
+        """view: makes of a pinned tensor what the device sees of it; the default is for Triton's interpreter."""
+        self._view = view
+        super().attach(num_blocks, cells)
+
+    def store_keys(self, layer: int) -> torch.Tensor:
+        return self.geometry.key_pages(self.store_view(layer))
+
+    def store_view(self, layer: int) -> torch.Tensor:
+        """The store's pages of a layer as kernels reach them, uint8 [num_blocks, page bytes]."""
+        return self._view(self.layer_pages(layer))
+
     def pool_entries(self) -> torch.Tensor:
         """The pool as attention reads it, uint8 [slots, entries, 584], pages a whole page apart."""
-        return entry_view(self.pool.pages.view(len(self.pool.pages), -1), self.geometry.entries)
+        return entry_view(self.pool_pages(), self.geometry.entries)
 
     def plan(self, rows: Sequence[tuple[str, int]]) -> EntryPlan:
         assert self.store is not None

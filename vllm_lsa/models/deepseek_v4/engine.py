@@ -100,11 +100,11 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
         self._policy = None if by_model else make_policy(config.indexer, 0, 0, geometry.dtype)
         self._keys: list[torch.Tensor] = []
 
-    def attach(self, num_blocks: int, cells: Sequence[torch.Tensor]) -> None:
-        """cells: index keys of each c4 layer, uint8 [num_blocks, entries, 132] in any stride between blocks."""
+    def attach(self, num_blocks: int, cells: Sequence[torch.Tensor | None]) -> None:
+        """cells: index keys of each c4 layer, uint8 [num_blocks, entries, 132] in any stride between blocks, or None
+        where they are in the pages of the store."""
         self._attach_store(num_blocks)
-        assert self.store is not None
-        self._keys = list(cells)
+        self._keys = [self.store_keys(layer) if keys is None else keys for layer, keys in enumerate(cells)]
         self._attach_lookahead()
         self.close_step()  # pool and store have their sizes on /metrics before the first request
 
@@ -118,10 +118,18 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
         if exact:
             self.exact = ExactReads(self.config, self.geometry, self.pool, self.transfers, self.lookahead)
 
+    def store_keys(self, layer: int) -> torch.Tensor:
+        """Index keys of a layer in the store's pages, uint8 [num_blocks, entries, 132], a view."""
+        return self.geometry.key_pages(self.layer_pages(layer))
+
     def layer_pages(self, layer: int) -> torch.Tensor:
         """The store's pages of one layer, uint8 [num_blocks, page bytes], a view."""
         assert self.store is not None
         return self.store.pages.view(self.store.num_blocks, self.geometry.num_layers, -1)[:, layer]
+
+    def pool_pages(self) -> torch.Tensor:
+        """The pool's pages, uint8 [slots, page bytes], a view."""
+        return self.pool.pages.view(len(self.pool.pages), -1)
 
     # -- a step -----------------------------------------------------------------------------------------------------
 
@@ -220,7 +228,7 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
 
         chosen: int32 [t or more, 512], places in the table, -1 for none.
         """
-        pool = self.pool.pages.view(len(self.pool.pages), -1)
+        pool = self.geometry.entry_pages(self.pool_pages())
         lacking = {} if self.exact is None else {i: self._bring(plan, layer, i, chosen) for i in plan.pool_rows}
         rows = [i for i in plan.pool_rows if not len(lacking.get(i, ()))]
         if rows:
@@ -234,7 +242,8 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
         if plan.host_rows:
             # In place, since it is memory of the same kind here; nothing of it stays.
             self.transfers.read_in_place(sum(-(-int(plan.entries[i]) // self.geometry.entries) for i in plan.host_rows))
-            yield self._read(plan, plan.host_rows, plan.table.long(), self.layer_pages(layer))
+            store = self.geometry.entry_pages(self.layer_pages(layer))
+            yield self._read(plan, plan.host_rows, plan.table.long(), store)
 
     def _bring(self, plan: EntryPlan, layer: int, i: int, chosen: torch.Tensor) -> np.ndarray:
         """Bring what a row chose into the pool. Returns the places int64 [m] of the table that still have no slot."""
@@ -318,7 +327,7 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
 
     @property
     def _index_bytes(self) -> int:
-        return self.geometry.num_layers * self.geometry.index_bytes
+        return self.geometry.device_index_bytes
 
     def _num_resident(self) -> int:
         return self.lookahead.num_resident

@@ -16,7 +16,8 @@ class EntryGeometry(PageGeometry):
     layer.
 
     num_layers: c4 layers. num_page_bytes: bytes of a page, padding included. entries: entries of a page.
-    index_bytes: bytes of the index keys of a page, which vLLM keeps on the device.
+    index_bytes: bytes of the index keys of a page. key_layers: layers whose keys vLLM keeps on the device; None for
+    all. key_offset: where the keys of the others are in a page, behind the compressed entries; None if there are none.
     """
 
     num_layers: int
@@ -24,6 +25,8 @@ class EntryGeometry(PageGeometry):
     entries: int
     entry_tokens: int
     index_bytes: int
+    key_layers: int | None = None
+    key_offset: int | None = None
 
     # A page is one lane of a block, all ranks hold the same pages, and LSA runs on one.
     layer_lanes = 1
@@ -45,6 +48,27 @@ class EntryGeometry(PageGeometry):
     def page_shape(self) -> tuple[int, int, int, int]:
         """Four dimensions, as copies of pages have them."""
         return (1, 1, 1, self.num_page_bytes)
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of a page up to the index keys behind it, if it has any."""
+        return self.num_page_bytes if self.key_offset is None else self.key_offset
+
+    @property
+    def device_index_bytes(self) -> int:
+        """Bytes that vLLM keeps on the device for the index keys of a page's entries, in all layers together."""
+        return self.index_bytes * (self.num_layers if self.key_layers is None else self.key_layers)
+
+    def entry_pages(self, pages: torch.Tensor) -> torch.Tensor:
+        """The compressed entries of pages uint8 [n, page bytes], a view [n, entry bytes]."""
+        return pages[:, : self.entry_bytes]
+
+    def key_pages(self, pages: torch.Tensor) -> torch.Tensor:
+        """The index keys in pages uint8 [n, page bytes], a view [n, entries, index bytes of an entry] as vLLM binds
+        its own."""
+        assert self.key_offset is not None
+        keys = pages[:, self.key_offset : self.key_offset + self.index_bytes]
+        return keys.unflatten(1, (self.entries, -1))
 
     def num_entries(self, tokens: int) -> int:
         """Entries that `tokens` tokens complete."""

@@ -18,6 +18,7 @@ from vllm.models.deepseek_v4.cpu.cpu_sparse import DeepseekV4CPUAttention, Deeps
 from vllm.models.deepseek_v4.cpu.cpu_utils import map_local_to_global_slots_cpu
 from vllm.v1.attention.backends.mla.indexer import DeepseekV32IndexerMetadata
 
+from vllm_lsa.models.deepseek_v4 import host_keys
 from vllm_lsa.models.deepseek_v4.engine import DeepseekV4Engine, EntryPlan
 from vllm_lsa.models.deepseek_v4.runtime import DeepseekV4Runtime
 from vllm_lsa.models.deepseek_v4.specs import C4_TOKENS, lsa_spec
@@ -55,7 +56,12 @@ class LsaIndexerBackend(DeepseekV4CPUIndexerBackend):
 
 
 class LsaIndexerCache(DeepseekV4CPUIndexerCache):
-    """Index keys: vLLM allocates and pages them; the host store follows their blocks."""
+    """Index keys: vLLM allocates and pages them, and the host store follows their blocks; or they are in its pages."""
+
+    key_layers: frozenset[int] | None = None
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+        return lsa_spec(self.prefix, super().get_kv_cache_spec(vllm_config), self.key_layers)
 
     def get_attn_backend(self) -> type[LsaIndexerBackend]:
         return LsaIndexerBackend
@@ -78,6 +84,7 @@ class LsaAttention(DeepseekV4CPUAttention):
         self.indexer.compressor.state_cache.__class__ = LsaIndexerStateCache
         self._runtime = DeepseekV4Runtime.of(vllm_config)
         self._layer = self._runtime.add_layer(self)
+        self.indexer.k_cache.key_layers = self._runtime.key_layers
 
     def get_kv_cache_spec(self, vllm_config: Any) -> Any:
         return lsa_spec(self.prefix, super().get_kv_cache_spec(vllm_config))
@@ -94,7 +101,7 @@ class LsaAttention(DeepseekV4CPUAttention):
 
     def _plan(self) -> EntryPlan | None:
         metadata = get_forward_context().attn_metadata
-        return metadata[self.indexer.k_cache.prefix].plan if isinstance(metadata, dict) else None
+        return self._runtime.index_metadata(metadata).plan if isinstance(metadata, dict) else None
 
     def _prepare_and_attn(
         self,
@@ -113,8 +120,9 @@ class LsaAttention(DeepseekV4CPUAttention):
             if self._plan() is None:
                 o_padded.zero_()
                 return
-            # The compressor asks for the slots of its own cache: they are those of the index keys.
-            metadata[self.prefix] = metadata[self.indexer.k_cache.prefix]
+            # The compressors ask for the slots of their own caches: they are those of the index keys that vLLM pages.
+            mine = self._runtime.index_metadata(metadata)
+            metadata[self.prefix] = metadata[self.indexer.k_cache.prefix] = mine
         super()._prepare_and_attn(
             hidden_states, qr, kv, qr_scale, kv_score, indexer_kv_score, indexer_weights, positions, o_padded
         )
@@ -137,7 +145,24 @@ class LsaAttention(DeepseekV4CPUAttention):
             engine.note_hidden(plan, self._layer, hidden_states)
             if index_q is not None and index_weights is not None:
                 engine.note_queries(plan, self._layer, index_q, index_weights)
+                if not self._runtime.keeps_keys(self):
+                    self._score_host_keys(plan, hidden_states, index_q, index_weights)
+                    self.forward_mqa(q, kv, positions, out)
+                    return
         super()._sparse_indexer_and_attn(hidden_states, index_q, index_q_scale, index_weights, q, kv, positions, out)
+
+    def _score_host_keys(
+        self, plan: EntryPlan, hidden_states: torch.Tensor, q: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        """Rows of one token score the pool's keys, unless one of them is shown more than that has: then all score the
+        store's."""
+        engine, metadata = self._engine, self._runtime.index_metadata(get_forward_context().attn_metadata)
+        decodes = metadata.num_decodes
+        keys, table = engine.store_keys(self._layer), plan.table[:decodes]
+        if engine.exact is None and not any(row < decodes for row in plan.host_rows):
+            keys = engine.geometry.key_pages(engine.pool_pages())
+            table = plan.slots[self._layer, :decodes].clamp(min=0).int()
+        host_keys.score(self, metadata, keys, table, hidden_states, q, weights)
 
     def forward_mqa(self, q: torch.Tensor, kv: torch.Tensor, positions: torch.Tensor, output: torch.Tensor) -> None:
         """q, output: bf16 [t, heads, 512]. As in the base class, but for where the compressed entries are read."""

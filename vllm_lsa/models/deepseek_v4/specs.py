@@ -8,7 +8,7 @@ alternation, vLLM splits what remains of the states, and a block is index keys a
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from enum import Enum
 from typing import Any
@@ -56,16 +56,16 @@ def cache_kind(name: str, spec: Any) -> Cache:
     return Cache.C4 if tokens == C4_TOKENS else Cache.C128
 
 
-def lsa_spec(name: str, spec: Any, index_keys_on_host: bool = False) -> Any | None:
+def lsa_spec(name: str, spec: Any, key_layers: Collection[int] | None = None) -> Any | None:
     """The KVCacheSpec that the cache `name` declares with LSA instead of `spec`; None: vLLM allocates nothing for it.
 
-    index_keys_on_host: for planning only, index keys too are dropped in all layers but SCORER_LAYERS. Raises LsaError
-    on a cache that is not V4's.
+    key_layers: layers of the model whose index keys stay on the device; None for all. Raises LsaError on a cache that
+    is not V4's.
     """
     kind = cache_kind(name, spec)
     if kind is Cache.C4:
         return None
-    if kind is Cache.INDEX_KEYS and index_keys_on_host and layer_of(name) not in SCORER_LAYERS:
+    if kind is Cache.INDEX_KEYS and key_layers is not None and layer_of(name) not in key_layers:
         return None
     if kind is Cache.INDEX_STATE:
         # One token more than the compressor reads: the state is kept a little longer, and read as before.
@@ -73,9 +73,9 @@ def lsa_spec(name: str, spec: Any, index_keys_on_host: bool = False) -> Any | No
     return spec
 
 
-def lsa_specs(specs: Mapping[str, Any], index_keys_on_host: bool = False) -> dict[str, Any]:
+def lsa_specs(specs: Mapping[str, Any], key_layers: Collection[int] | None = None) -> dict[str, Any]:
     """`lsa_spec` of every cache of a model, {name: KVCacheSpec}, those that remain. Raises LsaError as it does."""
-    changed = {name: lsa_spec(name, spec, index_keys_on_host) for name, spec in specs.items()}
+    changed = {name: lsa_spec(name, spec, key_layers) for name, spec in specs.items()}
     return {name: spec for name, spec in changed.items() if spec is not None}
 
 
@@ -133,13 +133,13 @@ def request_bytes(specs: Mapping[str, Any], tokens: int) -> dict[Cache, int]:
     return total
 
 
-def pool_bytes(specs: Mapping[str, Any], tokens: int, share: float, index_keys_on_host: bool = False) -> int:
+def pool_bytes(specs: Mapping[str, Any], tokens: int, share: float, key_layers: Collection[int] | None = None) -> int:
     """Bytes of the resident pages of one request: `share` of its pages in every c4 layer, rounded up.
 
-    specs: those of stock vLLM. index_keys_on_host: the layers whose index keys are on the host need them for resident
-    pages, since the native indexer scores those at every step.
+    specs: those of stock vLLM. key_layers: see `lsa_spec`; the other layers need the index keys of resident pages,
+    since the native indexer scores those at every step.
     """
-    kept = lsa_specs(specs, index_keys_on_host)
+    kept = lsa_specs(specs, key_layers)
     pages = 0
     for name, spec in specs.items():
         if name not in kept:
