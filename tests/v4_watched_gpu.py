@@ -3,7 +3,7 @@
 SPEC and OUT as in `tests.v4_watched`, with fewer results: {"tokens", "chosen", "preemptions", "counts", "pinned",
 "oracle": rows compared with the oracle, "from_store": rows whose attention was repeated out of the store, "held":
 [resident pages, all of them] of each row and step}. What is watched
-runs outside CUDA graphs, so with graphs only tokens and counts say something.
+runs outside CUDA graphs; with them only "pages" are: those of which the pool holds what the store does, after a step.
 
 With LSA, each row of one token is checked after each layer: the entries chosen are the best that its set has, they hold
 in the pool what the store holds, and the result is that of `tests.v4.oracle`.
@@ -38,6 +38,7 @@ class Watch:
         self.chosen: set[str] = set()
         self.oracle = 0
         self.from_store = 0
+        self.pages = 0
         self.held: list[list[int]] = []
 
     def note(self, attention: Any, positions: torch.Tensor) -> None:
@@ -142,6 +143,26 @@ def watch(seen: Watch, every: int) -> None:
     DeepseekV4FlashMLAAttention.forward_mqa = forward_mqa
 
 
+def watch_pages(engine: Any, seen: Watch) -> None:
+    """Before each plan: what the step before has left in the pool is what it left in the store, in graphs as well."""
+    stock, last = engine.plan, []
+
+    def plan(rows: Any) -> Any:
+        torch.cuda.synchronize()
+        for made in last:
+            for layer in range(engine.geometry.num_layers):
+                for row in made.pool_rows:
+                    pages = -(-int(made.entries[row]) // engine.geometry.entries)
+                    slots = made.slots[layer, row, :pages].to(engine.pool.pages.device)
+                    blocks = made.table[row, :pages].long()
+                    assert torch.equal(engine.pool_pages()[slots].cpu(), engine.layer_pages(layer)[blocks])
+                    seen.pages += pages
+        last[:] = [stock(rows)]
+        return last[0]
+
+    engine.plan = plan
+
+
 def main() -> None:
     spec = json.load(open(sys.argv[1]))
     llm = LLM(**{"disable_log_stats": False, **spec["llm"]})
@@ -149,10 +170,12 @@ def main() -> None:
     seen = Watch()
     if spec["llm"].get("enforce_eager", True):
         watch(seen, spec.get("every", 1))
+    elif settings is not None:
+        watch_pages(Runtime.latest().engine, seen)
     tokens = [run_batch(llm, {"name": f"batch-{n}", **batch}) for n, batch in enumerate(spec["batches"])]
     metrics = {metric.name: metric for metric in llm.llm_engine.get_metrics()}
     result: dict[str, Any] = {"tokens": tokens, "chosen": sorted(seen.chosen), "held": seen.held}
-    result |= {"oracle": seen.oracle, "from_store": seen.from_store}
+    result |= {"oracle": seen.oracle, "from_store": seen.from_store, "pages": seen.pages}
     result |= {"preemptions": int(metrics["vllm:num_preemptions"].value)}
     if settings is not None:
         engine = Runtime.latest().engine

@@ -28,7 +28,7 @@ class EntryGeometry(PageGeometry):
     key_layers: int | None = None
     key_offset: int | None = None
 
-    # A page is one lane of a block, all ranks hold the same pages, and LSA runs on one.
+    # A page is one lane of a block, and all ranks hold the same pages: keys and values have one head.
     layer_lanes = 1
     rank = 0
     ranks = 1

@@ -39,7 +39,7 @@ def check(vllm_config: VllmConfig) -> LsaConfig:
             model.hf_config, "index_topk", None
         )
         != TOP_K,
-        "tensor and pipeline parallelism are": parallel.world_size > 1,
+        "pipeline parallelism is": parallel.pipeline_parallel_size > 1,
         "speculative decoding (MTP) is": vllm_config.speculative_config is not None,
         "KV connectors are": vllm_config.kv_transfer_config is not None,
         "a model without c4 layers is": 4 not in getattr(model.hf_config, "compress_ratios", ()),

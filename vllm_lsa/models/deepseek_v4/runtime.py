@@ -98,7 +98,7 @@ class DeepseekV4Runtime(Runtime):
         Windows and states take blocks as well, which the store has rows for: those of the tokens of a step most of all.
         """
         if self.config.host_memory_gib is not None:
-            return int(self.config.host_memory_gib * GIB) // block
+            return int(self.config.host_memory_gib * GIB / self._ranks) // block
         pages = -(-self.vllm_config.model_config.max_model_len // (PAGE_ENTRIES * C4_TOKENS))
         scheduler = self.vllm_config.scheduler_config
         return 4 * pages + _STEP_BLOCKS * scheduler.max_num_batched_tokens + _ROW_BLOCKS * scheduler.max_num_seqs
@@ -189,14 +189,20 @@ class DeepseekV4Runtime(Runtime):
         scored = ", ".join(f"{layer} = c4 layer {number}" for number, layer in layers.items())
         return f"memory indexer of layers {scored}; mode {self.config.mode}"
 
+    @property
+    def _ranks(self) -> int:
+        """Ranks of tensor parallelism, each of which holds all pages."""
+        return int(self.vllm_config.parallel_config.tensor_parallel_size)
+
     def _require_memory(self, need: int) -> None:
+        """Raises LsaError if the host store of this rank, in bytes, does not fit."""
         limit, named = psutil.virtual_memory().available / GIB, "GiB of host memory that are free"
-        if self.config.host_memory_gib is not None and self.config.host_memory_gib < limit:
-            limit, named = self.config.host_memory_gib, "GiB of lsa.host_memory_gib"
+        if self.config.host_memory_gib is not None and self.config.host_memory_gib / self._ranks < limit:
+            limit, named = self.config.host_memory_gib / self._ranks, "GiB of lsa.host_memory_gib for each rank"
         if need / GIB > limit:
             raise LsaError(
-                f"the KV cache blocks that vLLM has made need {need / GIB:.2f} GiB of host store, more than the "
-                f"{limit:.2f} {named}: lower --kv-cache-memory-bytes (or VLLM_CPU_KVCACHE_SPACE), or raise the limit"
+                f"the KV cache blocks that vLLM has made need {need / GIB:.2f} GiB of host store on each rank, more than "
+                f"the {limit:.2f} {named}: lower --kv-cache-memory-bytes (or VLLM_CPU_KVCACHE_SPACE), or raise the limit"
             )
 
     def open_step(self, runner: Any, scheduler_output: Any) -> None:
