@@ -40,13 +40,14 @@ def test_with_everything_kept_tokens_and_choices_are_those_of_stock_vllm(stock, 
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("budget", [0.01, 0.6])
-def test_exact_gives_what_stock_vllm_gives_at_any_budget(stock, v4_path, tmp_path, budget):
+@pytest.mark.parametrize("budget, lead", [(0.01, 0), (0.6, 0), (0.6, 3)])
+def test_exact_gives_what_stock_vllm_gives_at_any_budget(stock, v4_path, tmp_path, budget, lead):
     # At 0.01 a request holds the sink, a page of recency, its tail and one of growth: 4 of 12 pages in each layer.
     settings = {
         "indexer": "exact",
         "budget": budget,
         "period": 8,
+        "lead": lead,
         "sink_tokens": 256,
         "recency_tokens": 256,
         "device_pool_gib": (1 + LAYERS * (13 if budget < 0.5 else 20)) * PAGE / 2**30,
@@ -60,6 +61,7 @@ def test_exact_gives_what_stock_vllm_gives_at_any_budget(stock, v4_path, tmp_pat
     assert len({position for position, _ in choices}) == LAYERS * (max(map(len, MIXED)) + TOKENS - 1)
     assert any(held < whole for held, whole in lsa["held"])
     counts = lsa["counts"]
+    assert not lead or 8 - lead in lsa["steps"]
     assert counts["chunks_demanded"] > 0 and counts["bytes_demanded"] > 0
     assert counts["bytes_demanded"] <= counts["bytes_fetched"]
     # What even the budget has no room for passes through.

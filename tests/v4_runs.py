@@ -42,6 +42,19 @@ FEW_BLOCKS |= {"scheduling_policy": "priority"}
 LONG = prompt(4000)
 
 
+def sparse(indexer: str, pages: int = 38, **settings: Any) -> dict[str, Any]:
+    """Settings with so many pages of pool in each layer."""
+    return {
+        "indexer": indexer,
+        "budget": 0.75,
+        "period": 16,
+        "recency_tokens": 1792,
+        "device_pool_gib": pages * LAYERS * PAGE / 2**30,
+        "check": "poison",
+        **settings,
+    }
+
+
 def run(
     folder: Path, path: Path, batches: list[Batch], lsa: dict[str, Any] | None = None, chunk: int | None = None,
     fallbacks: bool = False, **arguments: Any,

@@ -4,7 +4,8 @@ SPEC: {"llm": arguments of LLM, "batches": [scenarios of `tests.generate` withou
 "chosen": a checksum of each token's top-k in each layer, sorted, "preemptions", "reads": calls that read the pool
 alone, "oracle": rows compared with the oracle, "held": for each row and step [resident pages with entries, all of
 them], "sets": the first request's, one after the other, less those of all its pages, "selected": selections compared
-with the twin of the memory indexer, "counts" of the engine, "pinned": slots still in use when all requests have left}.
+with the twin of the memory indexer, "steps": of each selection, the decode steps since a period began, "counts" of the
+engine, "pinned": slots still in use when all requests have left}.
 
 With LSA, rows that read the pool are checked: what they read there are the bytes of the store, which are poison while
 attention runs; the top-k is the best of what the set has; and the result is that of `tests.v4.oracle`.
@@ -14,6 +15,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,13 +38,13 @@ POISON = 0xFF
 class Watch:
     """Collects what the calls showed."""
 
-    def __init__(self, threshold: float) -> None:
-        self.threshold = threshold
+    def __init__(self) -> None:
         self.hidden: dict[str, dict[int, np.ndarray]] = {}
         self.chosen: set[str] = set()
         self.reads = 0
         self.oracle = 0
         self.selected = 0
+        self.steps: list[int] = []
         self.held: list[list[int]] = []
         self.sets: list[list[int]] = []
         self.first: Any = None
@@ -118,17 +120,24 @@ class Watch:
         if request is self.first and len(held) < whole and self.sets[-1:] != [held]:
             self.sets.append(held)
 
-    def selecting(self, engine: Any, scorers: Scorers) -> None:
-        """Compare every selection by a memory indexer with its float64 twin."""
+    def selecting(self, engine: Any, scorers: Scorers | None) -> None:
+        """Note when selections are made, and compare every one by a memory indexer with its float64 twin."""
         stock = engine.lookahead._select
+        if scorers is not None:
+            threshold = engine.config.threshold
+            if "threshold" not in engine.config.model_fields_set:
+                threshold = scorers.threshold(engine.config.budget)
 
         def select(request: Any, row: int, num_chunks: int, budget: np.ndarray, cycle: int, usage: Any) -> np.ndarray:
             mask: np.ndarray = stock(request, row, num_chunks, budget, cycle, usage)
+            self.steps.append((request.num_computed - request.num_prompt) % engine.config.period)
+            if scorers is None:
+                return mask
             entries = request.num_computed // 4
             keys = {n: oracle.index_keys(engine._keys[n], request.blocks, entries) for n in scorers.layers}
             scores = scorers.scores(self.hidden[request.id], request.num_computed - 1, keys, engine.config.mode)
             kept = best_pages(
-                scores.tolist(), int(budget[0]) + -(-entries // 64) - num_chunks, self.threshold,
+                scores.tolist(), int(budget[0]) + -(-entries // 64) - num_chunks, threshold,
                 engine.config.recency_tokens // 4, engine.config.sink_tokens // 4,
             )  # fmt: skip
             assert (mask == np.array(kept[:num_chunks])).all()
@@ -195,14 +204,16 @@ def main() -> None:
     spec = json.load(open(sys.argv[1]))
     llm = LLM(**{"disable_log_stats": False, **spec["llm"]})
     settings = spec["llm"].get("additional_config", {}).get("lsa")
-    seen = Watch((settings or {}).get("threshold", 0.5))
+    seen = Watch()
     if settings is not None:
         from vllm_lsa.models.deepseek_v4.hooks import LsaAttention
 
         watch(LsaAttention, seen)
-        if settings.get("indexer", "").endswith(".safetensors"):
+        indexer, scorers = Path(settings.get("indexer", "")), None
+        if indexer.is_absolute():
             watch_hidden(LsaAttention, seen)
-            seen.selecting(Runtime.latest().engine, Scorers(settings["indexer"]))
+            scorers = Scorers(indexer, Path(spec["llm"]["model"]))
+        seen.selecting(Runtime.latest().engine, scorers)
     else:
         watch(DeepseekV4CPUAttention, seen)
     tokens = [run_batch(llm, {"name": f"batch-{n}", **batch}) for n, batch in enumerate(spec["batches"])]
@@ -214,7 +225,7 @@ def main() -> None:
         # The scheduler says who has finished at its next step, which there is none of.
         engine.open_step(StepUpdate(finished=list(engine.mirror.requests)))
         result |= {"sets": seen.sets, "counts": engine.counted(), "pinned": engine.pool.num_pinned}
-        result |= {"oracle": seen.oracle, "selected": seen.selected}
+        result |= {"oracle": seen.oracle, "selected": seen.selected, "steps": seen.steps}
     json.dump(result, open(sys.argv[2], "w"))
 
 

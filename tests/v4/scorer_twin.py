@@ -1,5 +1,6 @@
 """The memory indexer (lsa.md §3) and the choice of pages, in float64 and by loops: what selections must be."""
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -9,10 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from tests.v4.model import CONFIG
-
 Weights = dict[str, torch.Tensor]
-_ROPE = CONFIG["rope_scaling"]
 
 
 def frequencies(factor: float = 16, length: int = 65536) -> np.ndarray:
@@ -45,14 +43,20 @@ def reference(
 
 
 class Scorers:
-    """A joint file, `retrievers.l<c4 layer>.<name>`, for the small model of `model.py`."""
+    """A joint file, `retrievers.l<c4 layer>.<name>`, or a folder that training wrote, for the model in a folder."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, model: Path) -> None:
         self._layers: dict[int, Weights] = {}
-        for name, x in load_file(path).items():
+        self._about = json.loads((path / "config.json").read_text()) if path.is_dir() else {}
+        self._rope = json.loads((model / "config.json").read_text())["rope_scaling"]
+        for name, x in load_file(path / "model.safetensors" if path.is_dir() else path).items():
             match = re.fullmatch(r"retrievers\.l(\d+)\.(.+)", name)
             assert match
             self._layers.setdefault(int(match[1]), {})[match[2]] = x
+
+    def threshold(self, budget: float) -> float:
+        """What training found for a budget; a joint file's is 0.5."""
+        return float(self._about["thresholds"][f"{budget:g}"][0]) if self._about else 0.5
 
     @property
     def layers(self) -> list[int]:
@@ -62,7 +66,7 @@ class Scorers:
         self, hidden: Mapping[int, np.ndarray], position: int, keys: Mapping[int, np.ndarray], mode: str
     ) -> np.ndarray:
         """float64 [N]: sigmoids of the layers' logits, their maximum ("or") or mean. By layer: see `reference`."""
-        speeds = frequencies(_ROPE["factor"], _ROPE["original_max_position_embeddings"])
+        speeds = frequencies(self._rope["factor"], self._rope["original_max_position_embeddings"])
         logits = [reference(w, hidden[n], position, keys[n], speeds) for n, w in self._layers.items()]
         every = [1 / (1 + np.exp(-x)) for x in logits]
         return np.max(every, 0) if mode == "or" else np.mean(every, 0)
