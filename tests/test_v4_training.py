@@ -29,9 +29,11 @@ from indexer_training.settings import STEPS, Settings, read_settings, resolve
 from indexer_training.v4_evaluate import kept_mass
 from indexer_training.v4_recorder import Recorder
 from indexer_training.workspace import Workspace, write_tensors
+from tests import v4_runs
 from tests.paths import IN_PROCESS, MODEL, ROOT
 from tests.v4 import install, model
 from tests.v4.pages import read_index_keys
+from tests.v4.scorer_twin import Scorers, best_pages
 from vllm_lsa import cli
 from vllm_lsa.errors import LsaError
 from vllm_lsa.indexer import MemoryIndexer
@@ -44,8 +46,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CONTEXT, WINDOWS, LAYERS = 2560, 2, 3
 ARGUMENTS = {
     "context": CONTEXT, "documents": WINDOWS, "heldout-documents": 1, "steps": 24, "save-every": 4, "cycles": 4,
-    "budget": 0.5, "budgets": (0.2, 0.5), "recency-tokens": 256, "device": "cpu", "native-top-p": 0.3, "top-p": 0.5,
-    "evaluate-budgets": (0.2, 1.0),
+    "budget": 0.5, "budgets": (0.2, 0.5, 0.75), "recency-tokens": 256, "device": "cpu", "native-top-p": 0.3,
+    "top-p": 0.5, "evaluate-budgets": (0.2, 1.0),
     "engine": json.dumps({"kv_cache_memory_bytes": 300 << 20}),
 }  # fmt: skip
 RESULTS = ("model.safetensors", "joint.safetensors", "config.json", "README.md")
@@ -367,7 +369,7 @@ def test_training_and_its_checkpoint(run: Path, capsys: pytest.CaptureFixture[st
         assert "keys          packed_e4m3" in capsys.readouterr().out
     folder = MemoryIndexer.load(out).config
     assert folder.input == "hidden" and folder.chunk_tokens == 4 and folder.demand_index is None
-    assert "recall, trained, 50.0%" in folder.metrics and list(folder.thresholds) == ["0.5"]
+    assert "recall, trained, 50.0%" in folder.metrics and list(folder.thresholds) == ["0.5", "0.75"]
     table = folder.metrics["golden on kept pages, 100.0%"]
     assert table == dict.fromkeys(("newest", "usage", "untrained", "trained", "oracle"), 1.0)
     assert all(0 < x <= 1 for x in folder.metrics["golden on kept pages, 20.0%"].values())
@@ -378,6 +380,80 @@ def test_training_and_its_checkpoint(run: Path, capsys: pytest.CaptureFixture[st
         "scorers begin with the native",
     ):
         assert line in said
+
+
+@pytest.mark.vllm
+def test_the_trained_folder_is_served_and_selects_as_it_scores(run: Path, path: Path, tmp_path: Path) -> None:
+    """Every selection is what the folder's scorers say in float64 of the hidden states and keys served, with its own
+    threshold, and the pool is all that is read."""
+    settings = v4_runs.sparse(str(run / "out"), pages=24)
+    prompts = [v4_runs.LONG, v4_runs.LONG[:3500]]  # 16 + 14 pages; on a budget 12 + 11
+    lsa = v4_runs.run(tmp_path, path, [v4_runs.batch(*prompts, max_tokens=20)], settings)
+    assert [len(tokens) for tokens in lsa["tokens"][0]] == [20, 20]
+    assert lsa["selected"] == lsa["counts"]["cycles"] == 4
+    assert lsa["oracle"] == LAYERS * 19 * 2
+    assert lsa["counts"]["chunks_missed"] == lsa["pinned"] == 0
+    assert any(held < whole for held, whole in lsa["held"])
+    said = (tmp_path / "log.txt").read_text()
+    assert "memory indexer of layers 2 = c4 layer 0, 4 = c4 layer 1, 5 = c4 layer 2; mode or" in said
+
+
+@pytest.mark.vllm
+def test_eval_reports_what_lies_on_the_pages_that_are_kept(run: Path, path: Path, text: Path, tmp_path: Path) -> None:
+    """The column of the indexer is what its float64 twin keeps; a second call, on the same capture, has the native."""
+    out, log, context, budgets = tmp_path / "out", tmp_path / "log.txt", 3072, (0.8, 0.92, 1.0)
+    words = ["eval", "--model", str(path), "--text", str(text), "--out", str(out), "--contexts", str(context)]
+    words += ["--documents", "2", "--budgets", ",".join(map(str, budgets)), "--recency-tokens", "256"]
+    words += ["--device", "cpu", "--engine", ARGUMENTS["engine"], "--native-top-p", "1"]
+    env = {**os.environ, **IN_PROCESS, **install.environment(tmp_path / "plugin"), "OMP_NUM_THREADS": "1"}
+    assert start([*words, "--indexer", str(run / "out")], log, env).wait(timeout=300) == 0, log.read_text()[-3000:]
+    found = json.loads((out / "v4.json").read_text())
+    scorers, starts = Scorers(run / "out", path), range(2112, context - 63, 64)
+    caught, whole = dict.fromkeys(budgets, 0.0), 0.0
+    for window in range(2):
+        file = f"window_{window:05d}.safetensors"
+        seen, mass = (load_file(out / f"{context}/work" / step / file) for step in ("capture", "label"))
+        for cycle, begin in enumerate(starts):
+            entries = begin // 4
+            hidden = {n: seen["query"][n, cycle].double().numpy() for n in range(LAYERS)}
+            keys = {n: unpack_keys(seen["keys"][n])[:entries].double().numpy() for n in range(LAYERS)}
+            scores = scorers.scores(hidden, begin - 1, keys, "or").tolist()
+            whole += float(mass["mass"][cycle].sum())
+            for budget in budgets:
+                pages = max(int(budget * -(-entries // 64)), 9)  # eight full ones and a part, as served
+                kept = best_pages(scores, pages, -1.0, 64, 64)
+                of_pages = torch.tensor(kept).repeat_interleave(64)[:entries]
+                caught[budget] += float(mass["mass"][cycle, :entries][of_pages].sum())
+    assert [row["budget"] for row in found["rows"]] == list(budgets)
+    for row in found["rows"]:
+        assert row["indexer"] == pytest.approx(caught[row["budget"]] / whole, abs=2e-4)
+        shares = {name: row[name] for name in ("newest", "usage", "native", "indexer", "oracle")}
+        assert all(0 < x <= 1 for x in shares.values()) and row["cycles"] == 2 * len(starts)
+        assert row["budget"] < 1 or set(shares.values()) == {1.0}
+    assert found["rows"][0]["indexer"] < found["rows"][1]["indexer"] < 1
+    stamp = (out / f"{context}/work/capture/window_00000.safetensors").stat().st_mtime_ns
+    assert start([*words, "--indexer", "native"], log, env).wait(timeout=100) == 0
+    again = json.loads((out / "v4.json").read_text())["rows"]
+    assert again == [{name: x for name, x in row.items() if name != "indexer"} for row in found["rows"]]
+    assert (out / f"{context}/work/capture/window_00000.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_eval_refuses_what_v4_cannot_follow(
+    path: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = v4_runs.scorers(tmp_path / "wide.safetensors", hidden=128)
+    for more, named in (
+        (["--served"], "--served has no meaning for DeepSeek-V4"),
+        (["--methods", "lsa"], "--methods has no meaning for DeepSeek-V4"),
+        (["--indexer", "quest"], "--indexer quest is no memory indexer's"),
+        (["--indexer", str(wide)], "of width 128, and"),
+        (["--contexts", "2112"], "from 2176 on, since up to 2048 everything is chosen"),
+        (["--engine", "tp=8"], "--engine tp=8 is no JSON object"),
+    ):
+        words = ["eval", "--model", str(path), "--text", str(text), "--out", str(tmp_path / "out"), "--device", "cpu"]
+        assert cli.main([*words, *more]) == 2
+        said = capsys.readouterr().err
+        assert named in said and said.count("\n") == 1, said
 
 
 @pytest.mark.vllm

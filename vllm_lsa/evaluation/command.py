@@ -19,6 +19,7 @@ METHODS = {
     "mean_key": "by the chunk's mean key, for the last query of a period",
     "quest": "by Quest's bound, likewise",
 }
+DEFAULT_CONTEXTS = [2048, 4096, 8192]
 DEFAULT_METHODS = ("dense", "lsa", "lookahead", "demand", "recency", "random", "mean_key", "quest")
 
 SERVED_STEPS = 192
@@ -56,6 +57,16 @@ _shares.__name__, _counts.__name__, _names.__name__ = "list of shares in (0, 1]"
 def run(args: argparse.Namespace) -> int:
     if not args.text.is_dir():
         raise LsaError(f"--text {args.text} is not a folder: give one of long documents")
+    from indexer_training import v4_model
+
+    if v4_model.is_v4(args.model):
+        from indexer_training import v4_eval
+
+        return v4_eval.run(args)
+    for name in v4_model.ONLY:
+        if getattr(args, name, None) is not None:
+            raise LsaError(f"--{name.replace('_', '-')} is of DeepSeek-V4 alone: leave it out")
+    args.contexts = args.contexts or DEFAULT_CONTEXTS
     if args.documents < 0 or args.tasks < 0 or not args.documents + args.tasks:
         raise LsaError(f"--documents {args.documents} --tasks {args.tasks} leave nothing to measure: give one of them")
     bad = [context for context in args.contexts if context % 64 or context < 256]
@@ -104,7 +115,9 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument(
         "--budgets", type=_shares, default="0.10,0.135,0.16,0.20", help="device bytes, index included, over KV bytes"
     )
-    parser.add_argument("--contexts", type=_counts, default="2048,4096,8192", help="tokens of a window")
+    parser.add_argument(
+        "--contexts", type=_counts, help="tokens of a window (default: 2048,4096,8192; DeepSeek-V4: as 'train' has)"
+    )
     parser.add_argument(
         "--methods", type=_names, help=f"some of {', '.join(METHODS)} (default: {', '.join(DEFAULT_METHODS)})"
     )
@@ -128,6 +141,12 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument("--seconds", type=float, help="stop after so long and report what is there")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of documents and of the tasks")
     parser.add_argument("--sets", choices=["per_head", "per_layer", "shared"], help="resident sets (default: per_head)")
+    parser.add_argument(
+        "--engine", metavar="JSON", help="DeepSeek-V4, which vLLM runs: further arguments of vllm.LLM, an object"
+    )
+    parser.add_argument(
+        "--native-top-p", type=float, help="DeepSeek-V4: as of 'vllm-lsa train'; 1 for the whole native top-512"
+    )
     for name, (kind, help_text) in _RULE_OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=help_text)
     parser.set_defaults(run=run)
