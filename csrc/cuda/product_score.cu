@@ -22,6 +22,8 @@ namespace {
 constexpr int kCodes = 256;
 constexpr int kLine = 128;  // bytes of shared memory that all banks deliver at a time
 constexpr int kMostThreads = 512;  // of a block that scores
+constexpr int kLeanThreads = 640;  // as which it is compiled where it is to leave registers for `build_tables`
+constexpr int kFewItems = 16;
 constexpr int kTogether = 4;  // subspaces whose entries are added in bytes, and whose look-ups are under way together
 constexpr int kMaxRows = 1024;
 constexpr int kTableRows = 4;  // whose tables are made side by side: programs with nothing to do take time as well
@@ -63,7 +65,9 @@ __device__ int num_chunks(const Params& p, int row) {
 }
 
 // With programmatic launches a kernel begins before the ones ahead of it end. `await_grid` waits for those, and every
-// block calls it before it ends, so that whoever waits for this kernel waits for them too.
+// block calls it before it ends, so that whoever waits for this kernel waits for them too. What a kernel reads before,
+// the one right ahead must not write; and that lets it begin (`let_next_begin`) only after its own wait, if the next
+// one is to find what came before both.
 __device__ void await_grid() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -80,6 +84,8 @@ __device__ float to_float(float x) { return x; }
 __device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ float to_float(__half x) { return __half2float(x); }
 
+__device__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // An integer in the order of the floats, and back.
 __device__ int order(int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 
@@ -92,8 +98,6 @@ __global__ void __launch_bounds__(kCodes, 4) build_tables(Params p) {
   extern __shared__ __align__(16) float lifted[];  // [width, passes * W]
   __shared__ __align__(16) int least[W][kCodes / 32], most[W][kCodes / 32];
   const int m = blockIdx.x, h = blockIdx.y;
-  await_grid();
-  let_next_begin();
   const int width = p.width, heads = p.passes * W, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bool real = m < p.subspaces;
   const float* centroid = p.centroids + ((int64_t(h) * p.subspaces + m) * kCodes + threadIdx.x) * width;
@@ -104,12 +108,18 @@ __global__ void __launch_bounds__(kCodes, 4) build_tables(Params p) {
     for (int i = 0; i < kHeld; i++)
       if (4 * i < width) held[i] = reinterpret_cast<const float4*>(centroid)[i];
   }
+  const float* const matrix = p.to_query + (int64_t(h) * p.dim + int64_t(m) * width) * p.dim;
+  if (real)
+    for (int i = threadIdx.x * kLine / 4; i < width * p.dim; i += kCodes * kLine / 4) prefetch(matrix + i);
+  // The kernel ahead writes neither weights nor rows, so all but q is on its way by now.
+  int length = p.length[blockIdx.z], state = p.state[blockIdx.z], token = p.token[blockIdx.z];
+  await_grid();
+  let_next_begin();
   for (int row = blockIdx.z; row < p.n; row += gridDim.z) {
-    const int length = p.length[row], state = p.state[row], token = p.token[row];
+    if (row != blockIdx.z) length = p.length[row], state = p.state[row], token = p.token[row];
     if (!((length > p.chunk) & (state >= 0) & (token >= 0))) continue;  // tested together, so loaded together
     if (real) {
       const Q* q = static_cast<const Q*>(p.q) + token * p.q_token_stride + int64_t(h) * p.group * p.q_head_stride;
-      const float* matrix = p.to_query + (int64_t(h) * p.dim + int64_t(m) * width) * p.dim;
       for (int d = warp; d < width; d += kCodes / 32)
         for (int g = 0; g < heads; g += W) {
           float sum[W] = {};
@@ -192,16 +202,37 @@ using Entry = std::conditional_t<W == 4, uint32_t, uint2>;
 template <int T>
 using Codes = std::conditional_t<T == 8, uint2, uint4>;
 
-template <int T>
-__device__ void copy_async(void* to, const void* from) {
-  const uint32_t at = uint32_t(__cvta_generic_to_shared(to));
-  if constexpr (T == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(at), "l"(from) : "memory");
+__device__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// The same number, of which the compiler knows nothing: what follows from it is not computed ahead and kept.
+__device__ uint32_t anew(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
-__device__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// p + 16 * x in one instruction.
+__device__ const uint8_t* sixteens(const uint8_t* p, uint32_t x) {
+  const uint8_t* sum;
+  asm("mad.wide.u32 %0, %1, 16, %2;" : "=l"(sum) : "r"(x), "l"(p));
+  return sum;
+}
+
+// A chunk's codes are asked for in pieces, but come from memory at one time.
+template <int T>
+__device__ void copy_async(uint32_t to, const uint8_t* from) {
+  if constexpr (T == 16)
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global.L2::256B [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for all groups of the lane's copies but the latest ones.
+template <int Latest>
+__device__ void await_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Latest) : "memory");
+}
 
 __device__ float exp2_fast(float x) {
   float y;
@@ -209,39 +240,37 @@ __device__ float exp2_fast(float x) {
   return y;
 }
 
-// Adds a slab's tables to sums, two heads a word. codes: the lane's own, [rows, T] bytes.
+// Adds the entries of four subspaces. Of a word's two heads in even bytes, `sums` has the sums beside 256 times those
+// of the odd ones, until `part` takes those off: the carries between them are undone by the same arithmetic.
 template <int W, int T>
-__device__ void look_up(const uint8_t* table, const uint8_t* codes, int rows, int lane, uint32_t (&sums)[T][W / 2]) {
-  constexpr int kColumns = kLine / W;
-  const uint32_t begin = uint32_t(__cvta_generic_to_shared(table));
-  for (int s = 0; s < rows; s += kTogether) {
-    uint32_t column[kTogether], words[kTogether][T / 4];
+__device__ void look_up(const uint32_t (&words)[kTogether][T / 4], const uint32_t (&columns)[kTogether],
+                        uint32_t (&sums)[T][W / 2]) {
+#pragma unroll
+  for (int t = 0; t < T; t++) {
+    uint32_t x[kTogether][W / 4];
 #pragma unroll
     for (int k = 0; k < kTogether; k++) {
-      const int c = (lane ^ (s + k)) % kColumns;
-      column[k] = begin + c * W;
-      asm("" : "+r"(column[k]));  // or else begin is added at each look-up
-      const Codes<T> x = *reinterpret_cast<const Codes<T>*>(codes + (c & (rows - 1)) * T);
-      __builtin_memcpy(words[k], &x, T);
+      // One instruction: a byte of the codes times the length of a line, and where the column begins.
+      const uint32_t at = __dp4a(words[k][t / 4], uint32_t(kLine) << t % 4 * 8, columns[k]);
+      const Entry<W> entry = *static_cast<const Entry<W>*>(__cvta_shared_to_generic(at));
+      __builtin_memcpy(x[k], &entry, sizeof entry);
     }
 #pragma unroll
-    for (int t = 0; t < T; t++) {
-      uint32_t x[kTogether][W / 4];
-#pragma unroll
-      for (int k = 0; k < kTogether; k++) {
-        // One instruction: a byte of the codes times the length of a line, and where the column begins.
-        const uint32_t at = __dp4a(words[k][t / 4], uint32_t(kLine) << t % 4 * 8, column[k]);
-        const Entry<W> entry = *static_cast<const Entry<W>*>(__cvta_shared_to_generic(at));
-        __builtin_memcpy(x[k], &entry, sizeof entry);
-      }
-#pragma unroll
-      for (int i = 0; i < W / 4; i++) {
-        const uint32_t sum = x[0][i] + x[1][i] + x[2][i] + x[3][i];
-        sums[t][2 * i] += __byte_perm(sum, 0, 0x4240);
-        sums[t][2 * i + 1] += __byte_perm(sum, 0, 0x4341);
-      }
+    for (int i = 0; i < W / 4; i++) {
+      const uint32_t sum = x[0][i] + x[1][i] + x[2][i] + x[3][i];
+      sums[t][2 * i] += sum;
+      sums[t][2 * i + 1] += __byte_perm(sum, 0, 0x4341);
     }
   }
+}
+
+// Leaves two heads' sums in each word, of 16 bits each.
+template <int W, int T>
+__device__ void part(uint32_t (&sums)[T][W / 2]) {
+#pragma unroll
+  for (int t = 0; t < T; t++)
+#pragma unroll
+    for (int i = 0; i < W / 2; i += 2) sums[t][i] -= sums[t][i + 1] << 8;
 }
 
 constexpr float kMagic = 8388608;  // 2^23: the float of its bits with a 16-bit number in the lowest ones is their sum
@@ -251,15 +280,37 @@ __device__ float plus_magic(uint32_t word, int which) {
   return __uint_as_float(__byte_perm(word, 0x4b000000, which ? 0x7632 : 0x7610));
 }
 
+// Takes tokens into a softmax of a lane's chunk: a head's highest sum, and its total beside that.
+template <int W, int T>
+__device__ void take_in(const uint32_t (&x)[T][W / 2], const float (&steps)[W], bool first, uint32_t (&peak)[W / 2],
+                        float (&total)[W]) {
+#pragma unroll
+  for (int i = 0; i < W / 2; i++) {
+    uint32_t top = peak[i];
+#pragma unroll
+    for (int j = 0; j < T; j++) top = __vmaxu2(top, x[j][i]);
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      const float by = -steps[2 * i + k], to = -kMagic * by;
+      float sum = first ? 0 : total[2 * i + k] * exp2_fast(fmaf(plus_magic(top - peak[i], k), by, to));
+#pragma unroll
+      for (int j = 0; j < T; j++) sum += exp2_fast(fmaf(plus_magic(top - x[j][i], k), by, to));
+      total[2 * i + k] = sum;
+    }
+    peak[i] = top;
+  }
+}
+
 // A table of an item to shared memory: [slabs, 256, 128 bytes], entries as multiples of the item's `steps`, with heads
 // 0, 2, 1, 3 in the bytes of a word. A line has the columns of a slab, and copies of them where it has room, for lanes
 // that would meet otherwise. The logits are offsets + steps * sum.
-template <int W>
+template <int W, int R>
 __device__ void load_tables(const Params& p, int64_t which, uint8_t* tables, uint32_t (&factors)[kMaxPadded][W],
                             float (&steps)[W], float (&offsets)[W]) {
   constexpr int kHeld = 4;  // vectors on their way; one of 8 fractions becomes two words
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int width = p.rows * W / 8, vectors = kCodes * width, bytes = p.rows * W;  // of a line
+  constexpr int width = R * W / 8, vectors = kCodes * width, bytes = R * W;  // of a line
+  constexpr int copies = kLine / bytes;
   const int column = threadIdx.x % width;  // the same for all vectors of a thread
   for (int slab = 0; slab < p.slabs; slab++) {
     const uint4* source = reinterpret_cast<const uint4*>(p.tables) + (which * p.slabs + slab) * vectors;
@@ -287,7 +338,7 @@ __device__ void load_tables(const Params& p, int64_t which, uint8_t* tables, uin
           __syncthreads();
         }
 #pragma unroll
-        for (int j = 0; j < 8; j++) factor[j] = factors[slab * p.rows + (8 * column + j) / W][j % W];
+        for (int j = 0; j < 8; j++) factor[j] = factors[slab * R + (8 * column + j) / W][j % W];
       }
 #pragma unroll
       for (int k = 0; k < kHeld; k++) {
@@ -302,45 +353,84 @@ __device__ void load_tables(const Params& p, int64_t which, uint8_t* tables, uin
         }
         if (i >= vectors) continue;
         uint8_t* const line = tables + (slab * kCodes + i / width) * kLine + 8 * column;
-        for (int at = 0; at < kLine; at += bytes)
-          *reinterpret_cast<uint2*>(line + at) = make_uint2(packed[0], packed[1]);
+        // Lines that are written at a time begin with different copies, or they would meet in the banks.
+#pragma unroll
+        for (int copy = 0; copy < copies; copy++)
+          *reinterpret_cast<uint2*>(line + (copy + i / width) % copies * bytes) = make_uint2(packed[0], packed[1]);
       }
     }
   }
 }
 
-// As many blocks as fit on the device at a time share the work evenly. Its unit is 32 chunks of a row, KV head and
-// pass, for one warp; a block's units are consecutive, so that it rarely changes its table. A warp's next codes are on
-// their way while it does what follows its look-ups, its next entries of the block table before that.
-template <int W, int T>
-__global__ void __launch_bounds__(kMostThreads) score(Params p) {
-  extern __shared__ __align__(128) uint8_t shared[];
+// By one warp: where the units of each row end, and the units that this block scores, from share.x up to share.y.
+// Tables take a block about as long as its units, so it has one item's alone where there are blocks enough.
+__device__ void share_out(const Params& p, int items, int* ends, int2& share) {
+  const int lane = threadIdx.x % 32, grid = gridDim.x, block = blockIdx.x;
+  const auto up_to = [&](int x) {
+    for (int i = 1; i < 32; i *= 2) {
+      const int before = __shfl_up_sync(~0u, x, i);
+      if (lane >= i) x += before;
+    }
+    return x;
+  };
+  int units = 0, spare = grid;  // blocks beyond one for each item
+  for (int begin = 0; begin < p.n; begin += 32) {
+    const int row = begin + lane, own = row < p.n ? (num_chunks(p, row) + 31) / 32 * items : 0, sum = up_to(own);
+    if (row < p.n) ends[row] = units + sum;
+    units += __shfl_sync(~0u, sum, 31);
+    spare -= __popc(__ballot_sync(~0u, own > 0)) * items;
+  }
+  const bool apart = spare >= 0;
+  if (!lane)
+    share = apart ? make_int2(0, 0)
+                  : make_int2(int(int64_t(units) * block / grid), int(int64_t(units) * (block + 1) / grid));
+  __syncwarp();
+  int blocks = 0;
+  for (int begin = 0; apart && begin < p.n; begin += 32) {
+    const int row = begin + lane, from = (row < p.n) & (row > 0) ? ends[row - 1] : 0;
+    const int own = row < p.n ? ends[row] - from : 0, tiles = own / items;
+    const int parts = own ? 1 + int(uint32_t(tiles) * spare / uint32_t(units)) : 0, sum = up_to(parts * items);
+    const int place = block - blocks - (sum - parts * items);
+    if ((place >= 0) & (place < parts * items)) {
+      const int item = place / parts, which = place - item * parts, first = from + item * tiles;
+      share = make_int2(first + tiles * which / parts, first + tiles * (which + 1) / parts);
+    }
+    blocks += __shfl_sync(~0u, sum, 31);
+  }
+}
+
+// The chunk of 32 of whose codes a lane makes its k-th copy of a piece. Of lanes that are served at a time, chunks
+// differ by 4 and 8, so that their pieces lie in different banks.
+__device__ constexpr int copied_chunk(int lane, int k) {
+  const int i = lane / 4 + 8 * k;
+  return (i & 16) | (i & 3) << 2 | (i >> 2 & 3);
+}
+
+// As many blocks as fit on the device at a time share the work. Its unit is 32 chunks of a row, KV head and pass, for
+// one warp. A warp's codes lie in pieces of four subspaces, in the order in which its look-ups need them, which another
+// one follows at once wherever one has been read: so the codes are a tile ahead, and entries of the block table two.
+// Once: a chunk has T tokens and one slab. Lean: with registers to spare beside it, so that both kernels begin early.
+template <int W, int T, int R, bool Once, bool Lean>
+__global__ void __launch_bounds__(Lean ? kLeanThreads : kMostThreads) score(Params p) {
+  constexpr int kColumns = kLine / W, kPieces = R / kTogether;
+  extern __shared__ __align__(256) uint8_t shared[];
   __shared__ int ends[kMaxRows];  // units of the rows up to each
+  __shared__ int2 share;
   __shared__ uint32_t factors[kMaxPadded][W];
   __shared__ float steps[W], offsets[W];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int items = p.kv_heads * p.passes;
+  const int items = p.kv_heads * p.passes, chunk = Once ? T : p.chunk, slabs = Once ? 1 : p.slabs;
   let_next_begin();
-  if (!warp) {
-    int sum = 0;
-    for (int begin = 0; begin < p.n; begin += 32) {
-      const int row = begin + lane;
-      int x = row < p.n ? (num_chunks(p, row) + 31) / 32 * items : 0;
-      for (int i = 1; i < 32; i *= 2) {
-        const int before = __shfl_up_sync(~0u, x, i);
-        if (lane >= i) x += before;
-      }
-      if (row < p.n) ends[row] = sum + x;
-      sum += __shfl_sync(~0u, x, 31);
-    }
-  }
+  if (!warp) share_out(p, items, ends, share);
   __syncthreads();
-  const int64_t units = ends[p.n - 1];
-  int unit = int(units * blockIdx.x / gridDim.x);
-  const int last = int(units * (blockIdx.x + 1) / gridDim.x);
-  uint8_t* const mine = shared + p.slabs * kCodes * kLine + warp * 32 * p.rows * T;
-  // What the lane copies: a subspace of every so many chunks.
-  const int r = lane & (p.rows - 1), first_j = lane >> p.log_rows, step_j = 32 >> p.log_rows;
+  int unit = share.x;
+  const int last = share.y;
+  // Of the lane: its codes of subspace lane % R, the column of that subspace, and where its copies begin.
+  const uint32_t mine = shared_address(shared) + slabs * kCodes * kLine + warp * 32 * R * T;
+  const uint32_t codes = (mine + lane * R * T) ^ (lane % R * T);
+  const uint32_t column = shared_address(shared) ^ (lane % kColumns * W);
+  const uint32_t copies = mine + copied_chunk(lane, 0) * R * T;
+  const uint32_t block_stride = uint32_t(p.block_stride >> 4), chunk_stride = uint32_t(p.chunk_stride >> 4);
   int row = 0;
   while (unit < last) {
     while (ends[row] <= unit) row++;
@@ -350,63 +440,77 @@ __global__ void __launch_bounds__(kMostThreads) score(Params p) {
     const int h = item / p.passes, pass = item - h * p.passes;
     const int* const blocks = p.block_table + row * p.table_stride;
     const int* const pages = p.pages + p.state[row] * p.pages_stride;
+    const uint32_t head = h * uint32_t(p.head_stride >> 4);
+    uint32_t cell[4];  // those that the lane copies from, in 16 bytes
 
     const auto find = [&](int tile) {
       const int c = 32 * tile + lane;
       return tile < end && c < chunks ? blocks[c / p.per_block] : 0;
     };
-    // Without conditions: lanes past the end read what is there, a cell of block 0 or the last subspace once more.
-    const auto stage = [&](int tile, int block, int t, int slab) {
-      const int place = (32 * tile + lane) % p.per_block, at = min(slab * p.rows + r, p.subspaces - 1) * p.chunk + t;
-      const uint8_t* cell = p.cells + block * p.block_stride + h * p.head_stride + place * p.chunk_stride;
-      for (int i = 0; i < p.rows; i += 4)
+    const auto turn_to = [&](int tile, int block) {
+      const int place = p.per_block == 1 ? 0 : (32 * tile + lane) % p.per_block;
+      const uint32_t own = block * block_stride + head + place * chunk_stride;
 #pragma unroll
-        for (int k = i; k < i + 4; k++) {
-          const uint64_t of = __shfl_sync(~0u, reinterpret_cast<uint64_t>(cell), first_j + k * step_j);
-          copy_async<T>(mine + (lane + 32 * k) * T, reinterpret_cast<const uint8_t*>(of) + at);
-        }
+      for (int k = 0; k < 4; k++) cell[k] = __shfl_sync(~0u, own, copied_chunk(lane, k));
+    };
+    // Without conditions: lanes past the end read what is there, a cell of block 0 or the last subspace once more.
+    const auto stage = [&](int piece, int t, int slab) {
+      const int r = (anew(lane) / 4 ^ piece) % kPieces * kTogether + lane % 4;
+      const uint8_t* const of = p.cells + min(slab * R + r, p.subspaces - 1) * chunk + t;
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        static_assert(copied_chunk(0, 1) == 2 && copied_chunk(0, 2) == 16 && copied_chunk(0, 3) == 18);
+        copy_async<T>(copies + r * T + copied_chunk(0, k) * R * T, sixteens(of, cell[k]));
+      }
     };
 
-    int tile = begin + warp, block = find(tile);
-    if (tile < end) stage(tile, block, 0, 0);
+    int tile = begin + warp, next = find(tile + warps);
+    turn_to(tile, find(tile));
+    if (tile < end) {
+#pragma unroll
+      for (int piece = 0; piece < kPieces; piece++) stage(piece, 0, 0), close_group();
+    }
     __syncthreads();
     await_grid();
-    load_tables<W>(p, int64_t(row) * items + item, shared, factors, steps, offsets);
+    load_tables<W, R>(p, int64_t(row) * items + item, shared, factors, steps, offsets);
     __syncthreads();
 
     while (tile < end) {
-      const int c = 32 * tile + lane, after = tile + warps, next = find(after);
-      const int page = c < chunks ? pages[c / kStatePage] : 0;
-      uint32_t x[T][W / 2] = {}, peak[W / 2] = {};
+      const int after = tile + warps, later = find(after + warps);
+      uint32_t peak[W / 2] = {};
       float total[W] = {};
-      for (int t = 0, slab = 0; t < p.chunk;) {
-        await_copies();
-        __syncwarp();
-        look_up<W, T>(shared + slab * kCodes * kLine, mine + lane * p.rows * T, p.rows, lane, x);
-        __syncwarp();
-        const int t0 = t;
-        if (++slab == p.slabs) slab = 0, t += T;
-        const bool same = t < p.chunk;
-        if (same || after < end) stage(same ? tile : after, same ? block : next, same ? t : 0, slab);
-        if (slab) continue;
+      int page = 0;
+      for (int t = 0; t < chunk; t += T) {
+        uint32_t x[T][W / 2] = {};
+        for (int slab = 0; slab < slabs; slab++) {
+          const bool ends_slabs = slab + 1 == slabs, ends_tile = ends_slabs && t + T >= chunk;
+          // Unrolled, sums of several pieces are kept: quicker where there are registers for that.
+#pragma unroll (Once && !Lean ? kPieces : 1)
+          for (int piece = 0; piece < kPieces; piece++) {
+            await_groups<kPieces - 1>();
+            __syncwarp();
+            const uint32_t first = anew(codes), line = anew(column) + slab * kCodes * kLine;
+            uint32_t words[kTogether][T / 4], columns[kTogether];
 #pragma unroll
-        for (int i = 0; i < W / 2; i++) {
-          uint32_t top = peak[i];
-#pragma unroll
-          for (int j = 0; j < T; j++) top = __vmaxu2(top, x[j][i]);
-#pragma unroll
-          for (int k = 0; k < 2; k++) {
-            const float by = -steps[2 * i + k], to = -kMagic * by;
-            float sum = t0 ? total[2 * i + k] * exp2_fast(fmaf(plus_magic(top - peak[i], k), by, to)) : 0;
-#pragma unroll
-            for (int j = 0; j < T; j++) sum += exp2_fast(fmaf(plus_magic(top - x[j][i], k), by, to));
-            total[2 * i + k] = sum;
+            for (int k = 0; k < kTogether; k++) {
+              const int s = piece * kTogether + k;
+              columns[k] = anew(line ^ s * W);
+              const Codes<T> own = *static_cast<const Codes<T>*>(__cvta_shared_to_generic(first ^ s * T));
+              __builtin_memcpy(words[k], &own, T);
+            }
+            look_up<W, T>(words, columns, x);
+            __syncwarp();
+            if (!piece && ends_tile) turn_to(after, next);
+            if (!ends_tile || after < end)
+              stage(piece, ends_tile ? 0 : ends_slabs ? t + T : t, ends_slabs ? 0 : slab + 1);
+            close_group();
           }
-          peak[i] = top;
-#pragma unroll
-          for (int j = 0; j < T; j++) x[j][i] = 0;
         }
+        if (t + T >= chunk && 32 * tile + lane < chunks) page = pages[(32 * tile + lane) / kStatePage];
+        part<W, T>(x);
+        take_in<W, T>(x, steps, !t, peak, total);
       }
+      const int c = 32 * tile + lane;
       if (c < chunks) {
         float* out = p.logits + (int64_t(page) * p.kv_heads + h) * p.group * kStatePage + c % kStatePage;
 #pragma unroll
@@ -417,7 +521,7 @@ __global__ void __launch_bounds__(kMostThreads) score(Params p) {
           }
       }
       tile = after;
-      block = next;
+      next = later;
     }
     unit += end - begin;
   }
@@ -441,6 +545,18 @@ cudaError_t launch_early(void (*kernel)(Arguments...), dim3 grid, int threads, i
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// A multiprocessor divides its memory anew for a kernel that wants less shared memory, and has to be idle for that.
+template <int W>
+cudaError_t divide_memory_alike() {
+  const auto set = [](auto kernel) {
+    const auto carveout = cudaFuncAttributePreferredSharedMemoryCarveout;
+    return cudaFuncSetAttribute(kernel, carveout, cudaSharedmemCarveoutMaxShared);
+  };
+  cudaError_t error = set(build_tables<W, float>);
+  if (!error) error = set(build_tables<W, __nv_bfloat16>);
+  return error ? error : set(build_tables<W, __half>);
+}
+
 template <int W>
 cudaError_t launch_tables(const Params& p, bool early, cudaStream_t stream) {
   const dim3 grid(p.padded, p.kv_heads, min(p.n, kTableRows));
@@ -451,56 +567,70 @@ cudaError_t launch_tables(const Params& p, bool early, cudaStream_t stream) {
   return launch_early(kernel, grid, kCodes, lifted, early, stream, p);
 }
 
-// How the kernel is launched on a device: found out by the first launch, for a number of tables and of rows of theirs.
+// How the kernel is launched on a device: found out by the first launch, for a number of tables.
 struct Shape {
-  int slabs, rows, threads, bytes, blocks;
+  int slabs, threads, bytes, blocks;
   bool early;
 };
 
-template <int W, int T>
-cudaError_t find_shape(int device, int slabs, int rows, Shape& shape) {
+template <int W, int T, int R, bool Once, bool Lean>
+cudaError_t find_shape(int device, int slabs, Shape& shape) {
   int most, multiprocessors, major, blocks;
   cudaFuncAttributes own;
-  cudaError_t error = cudaFuncGetAttributes(&own, score<W, T>);
+  const auto kernel = score<W, T, R, Once, Lean>;
+  cudaError_t error = cudaFuncGetAttributes(&own, kernel);
   if (!error) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (!error) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (!error) error = divide_memory_alike<W>();
   if (error) return error;
   // As many warps as have room for their codes beside the tables.
-  const int tables = slabs * kCodes * kLine, codes = 32 * rows * T;
+  const int tables = slabs * kCodes * kLine, codes = 32 * R * T;
   const int threads = min(kMostThreads, (most - int(own.sharedSizeBytes) - tables) / codes * 32);
   if (threads < 32 * W) return cudaErrorInvalidConfiguration;  // a warp a head finds the steps
   const int bytes = tables + threads / 32 * codes;
-  error = cudaFuncSetAttribute(score<W, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (!error) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, score<W, T>, threads, bytes);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (!error) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, bytes);
   if (error) return error;
   if (!blocks) return cudaErrorInvalidConfiguration;
-  shape = {slabs, rows, threads, bytes, multiprocessors * blocks, major >= 9};
+  shape = {slabs, threads, bytes, multiprocessors * blocks, major >= 9};
   return cudaSuccess;
 }
 
-template <int W, int T>
-cudaError_t launch(Params p, cudaStream_t stream) {
-  constexpr int kColumns = kLine / W;
-  p.passes = (p.group + W - 1) / W;
-  p.width = p.dim / p.subspaces;
-  p.rows = kTogether, p.log_rows = 2;
-  while (p.rows < p.subspaces && p.rows < min(kColumns, kMaxSlab)) p.rows *= 2, p.log_rows++;
-  p.slabs = (p.subspaces + p.rows - 1) / p.rows;
-  p.padded = p.slabs * p.rows;
-  p.bounds = reinterpret_cast<float2*>(p.tables + int64_t(p.n) * p.kv_heads * p.passes * p.padded * kCodes * W);
-
+template <int W, int T, int R, bool Once = false, bool Lean = false>
+cudaError_t launch_both(const Params& p, cudaStream_t stream) {
+  if constexpr (T == 16 && !Once)
+    if (p.chunk == T && p.slabs == 1) {
+      // With little to score, an early start is worth more than unrolled look-ups.
+      if (p.n * p.kv_heads <= kFewItems) return launch_both<W, T, R, true, true>(p, stream);
+      return launch_both<W, T, R, true>(p, stream);
+    }
   static Shape known[kMaxDevices];
   int device;
   cudaError_t error = cudaGetDevice(&device);
   if (error) return error;
   if (device >= kMaxDevices) return cudaErrorInvalidDevice;
   Shape& shape = known[device];
-  if (shape.slabs != p.slabs || shape.rows != p.rows) error = find_shape<W, T>(device, p.slabs, p.rows, shape);
+  if (shape.slabs != p.slabs) error = find_shape<W, T, R, Once, Lean>(device, p.slabs, shape);
   if (error) return error;
   error = launch_tables<W>(p, shape.early, stream);
   if (error) return error;
-  return launch_early(score<W, T>, dim3(shape.blocks), shape.threads, shape.bytes, shape.early, stream, p);
+  const auto kernel = score<W, T, R, Once, Lean>;
+  return launch_early(kernel, dim3(shape.blocks), shape.threads, shape.bytes, shape.early, stream, p);
+}
+
+template <int W, int T>
+cudaError_t launch(Params p, cudaStream_t stream) {
+  static_assert(kLine / W >= kMaxSlab && kMaxSlab == 16 && kTogether == 4);
+  p.passes = (p.group + W - 1) / W;
+  p.width = p.dim / p.subspaces;
+  p.rows = kTogether, p.log_rows = 2;
+  while (p.rows < p.subspaces && p.rows < kMaxSlab) p.rows *= 2, p.log_rows++;
+  p.slabs = (p.subspaces + p.rows - 1) / p.rows;
+  p.padded = p.slabs * p.rows;
+  p.bounds = reinterpret_cast<float2*>(p.tables + int64_t(p.n) * p.kv_heads * p.passes * p.padded * kCodes * W);
+  if (p.rows == 4) return launch_both<W, T, 4>(p, stream);
+  return p.rows == 8 ? launch_both<W, T, 8>(p, stream) : launch_both<W, T, 16>(p, stream);
 }
 
 }  // namespace

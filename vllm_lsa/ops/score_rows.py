@@ -76,6 +76,9 @@ def score_rows(
     the most is 255 steps. So a logit is off by a step and a half or so, which is small beside what the codes lose.
     form: `product_form` if None.
 
+    The CUDA kernel may begin before the one ahead of it on the stream has ended: that one must write neither `rows` nor
+    the centroids nor `to_query`.
+
     Nothing is allocated or read back: fit for a CUDA graph. On CPU tensors this is `score_rows_naive`, unless the
     kernels were loaded in Triton's interpreter. Raises ValueError on a bad shape, dtype, stride or address, LsaError if
     CUDA refuses the launch; what only the device knows is not checked.
@@ -163,6 +166,8 @@ def _check(
         cells.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in cells.stride()[:3]),
         f"cells must lie at multiples of 16 bytes, got strides {cells.stride()}",
     )
+    span = sum((n - 1) * stride for n, stride in zip(cells.shape, cells.stride(), strict=True))
+    require(span < 2**36, f"cells span more than 64 GiB: {list(cells.shape)}, strides {cells.stride()}")
     require_tensor("logits", logits, (logits.shape[0], q_heads, PAGE), torch.float32, device)
     require_tensor("rows.block_table", rows.block_table, (n, rows.block_table.shape[1]), torch.int32, device)
     require_tensor("sets.pages", sets.pages, tuple(sets.pages.shape), torch.int32, device)
