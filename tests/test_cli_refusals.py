@@ -62,6 +62,7 @@ CASES = {
         chunk_tokens=48, sink_tokens=48, recency_tokens=144,
     ),
     "sink-not-whole-chunks": lsa(["lsa.sink_tokens=20", "lsa.chunk_tokens=16", "round it up"], sink_tokens=20),
+    "keys-of-another-model": lsa(["lsa.index_keys='host'", "DeepSeek-V4", "leave it out"], index_keys="host"),
     "unknown-indexer": lsa(["lsa.indexer='oracle'", "use one of"], indexer="oracle"),
     "speculative-decoding": option(
         ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'], "ngram"

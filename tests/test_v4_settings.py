@@ -63,7 +63,8 @@ def test_what_cannot_work_is_refused_in_one_line(v4_path, v4_checkpoint, tmp_pat
     ours, others = folder_of(tmp_path / "ours", backbone_fingerprint=fingerprint_of(v4_path)), tmp_path / "others"
     folder_of(others, backbone_fingerprint="0123456789ab-0123456789ab")
     cases: list[tuple[dict[str, Any], str | None]] = [
-        ({"tensor_parallel_size": 2}, "tensor and pipeline parallelism"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"tensor_parallel_size": 2}, None),
         ({"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}, "--speculative-config"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "--kv-transfer-config"),
     ]

@@ -89,6 +89,18 @@ __device__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];
 // An integer in the order of the floats, and back.
 __device__ int order(int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 
+// Tested together, so loaded together.
+__device__ bool scored(const Params& p, int length, int state, int token) {
+  return (length > p.chunk) & (state >= 0) & (token >= 0);
+}
+
+// Whether a block of `build_tables` has anything to do: where all is resident, none has.
+__device__ bool any_row(const Params& p) {
+  bool any = false;
+  for (int row = blockIdx.z; row < p.n; row += gridDim.z) any |= scored(p, p.length[row], p.state[row], p.token[row]);
+  return any;
+}
+
 // One subspace of a KV head, for every so many rows: grid (padded, Hkv, programs), a thread per centroid. Entries are
 // 16-bit fractions of their head's range in the subspace. Only latency counts here, so all that memory holds is asked
 // for at once.
@@ -99,6 +111,12 @@ __global__ void __launch_bounds__(kCodes, 4) build_tables(Params p) {
   __shared__ __align__(16) int least[W][kCodes / 32], most[W][kCodes / 32];
   const int m = blockIdx.x, h = blockIdx.y;
   const int width = p.width, heads = p.passes * W, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if (!any_row(p)) {
+    // Weights are left alone too; what comes next counts on this wait.
+    await_grid();
+    let_next_begin();
+    return;
+  }
   const bool real = m < p.subspaces;
   const float* centroid = p.centroids + ((int64_t(h) * p.subspaces + m) * kCodes + threadIdx.x) * width;
   const bool wide = width % 4 == 0 && reinterpret_cast<uintptr_t>(p.centroids) % 16 == 0;
@@ -117,7 +135,7 @@ __global__ void __launch_bounds__(kCodes, 4) build_tables(Params p) {
   let_next_begin();
   for (int row = blockIdx.z; row < p.n; row += gridDim.z) {
     if (row != blockIdx.z) length = p.length[row], state = p.state[row], token = p.token[row];
-    if (!((length > p.chunk) & (state >= 0) & (token >= 0))) continue;  // tested together, so loaded together
+    if (!scored(p, length, state, token)) continue;
     if (real) {
       const Q* q = static_cast<const Q*>(p.q) + token * p.q_token_stride + int64_t(h) * p.group * p.q_head_stride;
       for (int d = warp; d < width; d += kCodes / 32)

@@ -24,7 +24,7 @@ from vllm_lsa.models.deepseek_v4.settings import for_deepseek_v4
 from vllm_lsa.models.deepseek_v4.specs import (
     C4_TOKENS,
     PAGE_ENTRIES,
-    block_bytes,
+    block_width,
     layer_of,
     require_split,
     specs_of,
@@ -85,7 +85,7 @@ class DeepseekV4Runtime(Runtime):
         if self.device.type != "cuda":
             return available
         specs = get_kv_cache_spec(self.vllm_config)
-        on_host, on_device = self._page_bytes(specs) * len(self._attentions), block_bytes(specs)
+        on_host, on_device = self._page_bytes(specs) * len(self._attentions), block_width(specs)
         blocks = self._host_blocks(on_host)
         if self.vllm_config.cache_config.kv_cache_memory_bytes is None:
             fixed, share = self.config.pool_size()
@@ -201,8 +201,9 @@ class DeepseekV4Runtime(Runtime):
             limit, named = self.config.host_memory_gib / self._ranks, "GiB of lsa.host_memory_gib for each rank"
         if need / GIB > limit:
             raise LsaError(
-                f"the KV cache blocks that vLLM has made need {need / GIB:.2f} GiB of host store on each rank, more than "
-                f"the {limit:.2f} {named}: lower --kv-cache-memory-bytes (or VLLM_CPU_KVCACHE_SPACE), or raise the limit"
+                f"the KV cache blocks that vLLM has made need {need / GIB:.2f} GiB of host store on each rank, more "
+                f"than the {limit:.2f} {named}: lower --kv-cache-memory-bytes (or VLLM_CPU_KVCACHE_SPACE), or raise "
+                "the limit"
             )
 
     def open_step(self, runner: Any, scheduler_output: Any) -> None:

@@ -92,6 +92,11 @@ def block_bytes(specs: Mapping[str, Any]) -> int:
     return sum(spec.page_size_bytes for name, spec in specs.items() if _grows(cache_kind(name, spec)))
 
 
+def block_width(specs: Mapping[str, Any]) -> int:
+    """Bytes of a block as vLLM makes them of `specs` if it splits them well: `block_bytes`, or the widest page."""
+    return max(block_bytes(specs), *(spec.page_size_bytes for spec in specs.values()))
+
+
 def specs_of(groups: Iterable[Any]) -> dict[str, Any]:
     """{name: KVCacheSpec} of all caches in vLLM's groups (KVCacheGroupSpec)."""
     specs: dict[str, Any] = {}
@@ -104,10 +109,10 @@ def specs_of(groups: Iterable[Any]) -> dict[str, Any]:
 def require_split(specs: Mapping[str, Any], groups: Iterable[Any]) -> None:
     """Raises LsaError if vLLM's groups (KVCacheGroupSpec) of `specs` make blocks wider than they must be.
 
-    That is `block_bytes`, or with few layers the widest page. Another vLLM may group in another way, and would then
-    silently give back less memory than was asked for.
+    Another vLLM may group in another way than `block_width` says, and would then silently give back less memory than
+    was asked for.
     """
-    least = max(block_bytes(specs), *(spec.page_size_bytes for spec in specs.values()))
+    least = block_width(specs)
     widest = max(sum(specs[name].page_size_bytes for name in group.layer_names) for group in groups)
     if widest > least:
         raise LsaError(
