@@ -133,15 +133,22 @@ def test_both_engines_hold_the_same_sets(lead):
     assert both.gpu.pool.num_pinned == 0
 
 
-def test_a_prompts_last_token_alone_goes_by_a_set():
+def test_a_prompts_tokens_that_come_alone_go_by_a_set():
     both = Both(settings(), slots=LAYERS * 14)
     long = both.add(18 * PAGE_TOKENS)
     both.step({long: 4000})
-    both.step({long: 18 * PAGE_TOKENS - 4001})
+    both.step({long: 300})
+    for _ in range(3):
+        both.step({long: 1})
+    assert both.sparse == 3
+    # Sink, recency and the newest at least, whatever came before.
+    assert (both.gpu.tables.entries[0] > 9 * 64).all()
+    both.step({long: 18 * PAGE_TOKENS - 4304})
     both.step({long: 1})
-    assert both.sparse == 1
+    assert both.sparse == 4 and (both.gpu.tables.entries[0] > 9 * 64).all()
     for _ in range(5):
         both.step({long: 1})
+    assert both.sparse == 9
 
 
 def test_pages_without_a_slot_leave_the_set():

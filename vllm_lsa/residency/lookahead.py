@@ -198,13 +198,15 @@ class LookaheadScheduler:
         last = self._geometry.chunks(request.length) - 1
         if last == state.set.tail:
             return
-        if state.whole or (state.set.tail >= 0 and request.num_computed >= request.num_prompt):
+        follows = request.num_computed >= request.num_prompt or self._steps_alone(request)
+        if state.whole or (state.set.tail >= 0 and follows):
             first = state.set.tail + 1
         else:
             # Prefill of a request on a budget: its history is read from the host store, only the tail stays.
             first = last
             self._pool.release(state.set.all_slots())
             state.set = ResidentSet(self._geometry.num_lanes)
+            state.selected = False
         chunks = np.arange(first, last + 1)
         state.set.extend(chunks, self._acquire(request, chunks))
 

@@ -37,6 +37,7 @@ def check(vllm_config: VllmConfig) -> LsaConfig:
         )
     refusals = {
         f"lsa.indexer={config.indexer!r} on a CUDA device is": device == "cuda" and config.indexer == "exact",
+        "an index cache in mxfp4 is": vllm_config.attention_config.resolve_indexer_kv_dtype("fp8") != "fp8",
         f"architectures {model.architectures} are": list(model.architectures) != [ARCHITECTURE],
         f"index_topk={getattr(model.hf_config, 'index_topk', None)} (other than {TOP_K}) is": getattr(
             model.hf_config, "index_topk", None
