@@ -4,7 +4,7 @@ As `hooks` does for a CPU. The index keys stay vLLM's; attention of rows of one 
 of the blocks that the indexer was shown, and prompts read the host store through the device's view of it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +13,6 @@ from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.models.deepseek_v4.attention import DeepseekV4IndexerCache
-from vllm.models.deepseek_v4.compressor import CompressorStateCache
 from vllm.models.deepseek_v4.nvidia import model as nvidia_model
 from vllm.models.deepseek_v4.nvidia.flashmla import DeepseekV4FlashMLAAttention
 from vllm.v1.attention.backend import AttentionCGSupport
@@ -26,10 +25,11 @@ from vllm.v1.attention.backends.mla.indexer import (
 
 from vllm_lsa.errors import LsaError
 from vllm_lsa.models.deepseek_v4 import host_keys
+from vllm_lsa.models.deepseek_v4.c4_layer import C4Layer, IndexKeys
 from vllm_lsa.models.deepseek_v4.device_engine import DeepseekV4DeviceEngine
 from vllm_lsa.models.deepseek_v4.engine import EntryPlan
 from vllm_lsa.models.deepseek_v4.runtime import DeepseekV4Runtime
-from vllm_lsa.models.deepseek_v4.specs import C4_TOKENS, lsa_spec
+from vllm_lsa.models.deepseek_v4.specs import C4_TOKENS
 from vllm_lsa.plugin.backend_name import is_lsa
 
 
@@ -79,44 +79,17 @@ class LsaIndexerBackend(DeepseekV4IndexerBackend):
         return LsaIndexerMetadataBuilder
 
 
-class LsaIndexerCache(DeepseekV4IndexerCache):
-    """Index keys: vLLM allocates and pages them, and the host store follows their blocks; or they are in its pages."""
-
-    key_layers: frozenset[int] | None = None
-
-    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
-        return lsa_spec(self.prefix, super().get_kv_cache_spec(vllm_config), self.key_layers)
-
+class LsaIndexerCache(IndexKeys, DeepseekV4IndexerCache):
     def get_attn_backend(self) -> type[LsaIndexerBackend]:
         return LsaIndexerBackend
 
 
-class LsaIndexerStateCache(CompressorStateCache):
-    """State of the indexer's compressor, declared so that vLLM gives the memory of the c4 caches back."""
-
-    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
-        return lsa_spec(self.prefix, super().get_kv_cache_spec(vllm_config))
-
-
-class LsaAttention(DeepseekV4FlashMLAAttention):
+class LsaAttention(C4Layer, DeepseekV4FlashMLAAttention):
     """A c4 layer whose compressed keys and values are in the engine's two tiers."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
-        # vLLM's layers make their own parts; these have the same state.
-        self.indexer.k_cache.__class__ = LsaIndexerCache
-        self.indexer.compressor.state_cache.__class__ = LsaIndexerStateCache
-        self._runtime = DeepseekV4Runtime.of(vllm_config)
-        self._layer = self._runtime.add_layer(self)
-        self.indexer.k_cache.key_layers = self._runtime.key_layers
-
-    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
-        return lsa_spec(self.prefix, super().get_kv_cache_spec(vllm_config))
-
-    def c4_page_bytes(self, block_tokens: int) -> int:
-        """Bytes of a page of the cache that vLLM would have made, with blocks of so many tokens."""
-        spec = super().get_kv_cache_spec(self._runtime.vllm_config)
-        return int(replace(spec, block_size=block_tokens).page_size_bytes)
+        self._join(vllm_config, LsaIndexerCache)
 
     @property
     def _engine(self) -> DeepseekV4DeviceEngine:

@@ -5,13 +5,12 @@ V4 chooses its attention class itself, whatever backend is asked for. Where LSA 
 importing it makes the layers of every model ask `_attention` for theirs.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.models.deepseek_v4.compressor import CompressorStateCache
 from vllm.models.deepseek_v4.cpu import model as cpu_model
 from vllm.models.deepseek_v4.cpu.cpu_mla import DeepseekV4CPUIndexerBackend, DeepseekV4CPUIndexerMetadataBuilder
 from vllm.models.deepseek_v4.cpu.cpu_sparse import DeepseekV4CPUAttention, DeepseekV4CPUIndexerCache
@@ -19,9 +18,10 @@ from vllm.models.deepseek_v4.cpu.cpu_utils import map_local_to_global_slots_cpu
 from vllm.v1.attention.backends.mla.indexer import DeepseekV32IndexerMetadata
 
 from vllm_lsa.models.deepseek_v4 import host_keys
+from vllm_lsa.models.deepseek_v4.c4_layer import C4Layer, IndexKeys
 from vllm_lsa.models.deepseek_v4.engine import DeepseekV4Engine, EntryPlan
 from vllm_lsa.models.deepseek_v4.runtime import DeepseekV4Runtime
-from vllm_lsa.models.deepseek_v4.specs import C4_TOKENS, lsa_spec
+from vllm_lsa.models.deepseek_v4.specs import C4_TOKENS
 from vllm_lsa.plugin.backend_name import is_lsa
 
 
@@ -55,44 +55,17 @@ class LsaIndexerBackend(DeepseekV4CPUIndexerBackend):
         return LsaIndexerMetadataBuilder
 
 
-class LsaIndexerCache(DeepseekV4CPUIndexerCache):
-    """Index keys: vLLM allocates and pages them, and the host store follows their blocks; or they are in its pages."""
-
-    key_layers: frozenset[int] | None = None
-
-    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
-        return lsa_spec(self.prefix, super().get_kv_cache_spec(vllm_config), self.key_layers)
-
+class LsaIndexerCache(IndexKeys, DeepseekV4CPUIndexerCache):
     def get_attn_backend(self) -> type[LsaIndexerBackend]:
         return LsaIndexerBackend
 
 
-class LsaIndexerStateCache(CompressorStateCache):
-    """State of the indexer's compressor, declared so that vLLM gives the memory of the c4 caches back."""
-
-    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
-        return lsa_spec(self.prefix, super().get_kv_cache_spec(vllm_config))
-
-
-class LsaAttention(DeepseekV4CPUAttention):
+class LsaAttention(C4Layer, DeepseekV4CPUAttention):
     """A c4 layer whose compressed keys and values are in the engine's two tiers."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
-        # vLLM's own CPU layer changes the classes of its parts in this way.
-        self.indexer.k_cache.__class__ = LsaIndexerCache
-        self.indexer.compressor.state_cache.__class__ = LsaIndexerStateCache
-        self._runtime = DeepseekV4Runtime.of(vllm_config)
-        self._layer = self._runtime.add_layer(self)
-        self.indexer.k_cache.key_layers = self._runtime.key_layers
-
-    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
-        return lsa_spec(self.prefix, super().get_kv_cache_spec(vllm_config))
-
-    def c4_page_bytes(self, block_tokens: int) -> int:
-        """Bytes of a page of the cache that vLLM would have made, with blocks of so many tokens."""
-        spec = super().get_kv_cache_spec(self._runtime.vllm_config)
-        return int(replace(spec, block_size=block_tokens).page_size_bytes)
+        self._join(vllm_config, LsaIndexerCache)
 
     @property
     def _engine(self) -> DeepseekV4Engine:
