@@ -1,4 +1,4 @@
-"""What a c4 layer with LSA has on every device: what it and its parts ask vLLM to allocate, and its place in the engine.
+"""What a c4 layer with LSA has on every device: what it and its parts ask vLLM to allocate, and its place there.
 
 Classes here go in front of vLLM's own among the bases. vLLM's layers make their parts themselves, so that these change
 their class afterwards, as vLLM's own CPU layer does.
