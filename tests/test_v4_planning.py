@@ -21,8 +21,10 @@ import pytest
 import torch
 
 from tests.v4 import model
+from vllm_lsa.config import LsaConfig
 from vllm_lsa.errors import LsaError
 from vllm_lsa.models.deepseek_v4 import specs as v4
+from vllm_lsa.models.deepseek_v4.settings import for_deepseek_v4
 from vllm_lsa.models.deepseek_v4.specs import Cache
 
 pytest.importorskip("vllm")
@@ -46,6 +48,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, MLAAttentionS
 from vllm.v1.request import Request  # noqa: E402
 from vllm.v1.worker.utils import customize_attention_spec  # noqa: E402
 
+from vllm_lsa.models.deepseek_v4 import runtime as runtime_of_v4  # noqa: E402
 from vllm_lsa.models.deepseek_v4.runtime import DeepseekV4Runtime  # noqa: E402
 
 RATIOS = [0, 0, *[4 if layer % 2 == 0 else 128 for layer in range(2, 43)]]
@@ -202,6 +205,43 @@ def test_a_worker_refuses_blocks_that_were_not_split(config: VllmConfig, stock: 
     made = plan(config, few)
     assert v4.block_bytes(few) < width(made) == 37440
     v4.require_split(few, made.kv_cache_groups)
+
+
+@pytest.mark.parametrize("form", ["lsa", "index_keys_on_host"])
+def test_a_gpu_gets_as_many_blocks_as_store_and_pool_allow(
+    config: VllmConfig, stock: Specs, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What vLLM is told to take of 60 GiB, in blocks as wide as it then makes them."""
+    on_host = form == "index_keys_on_host"
+    specs = specs_of(form, stock)
+    block, page = width(plan(config, specs)), 21 * (37440 + (8640 if on_host else 0))
+    monkeypatch.setattr(runtime_of_v4, "get_kv_cache_spec", lambda vllm_config: specs)
+    monkeypatch.setattr(DeepseekV4Runtime, "device", torch.device("cuda"))
+    runtime = DeepseekV4Runtime.__new__(DeepseekV4Runtime)
+    runtime.vllm_config = config
+    runtime.__dict__["key_layers"] = frozenset(v4.SCORER_LAYERS) if on_host else None
+    runtime._attentions = [
+        SimpleNamespace(
+            prefix=f"model.layers.{layer}.attn",
+            indexer=SimpleNamespace(k_cache=SimpleNamespace(prefix=f"model.layers.{layer}.attn.indexer.k_cache")),
+            c4_page_bytes=lambda tokens: 64 * 585,
+        )
+        for layer in range(2, 43, 2)
+    ]
+
+    def blocks(available: int = BUDGET, **settings: Any) -> int:
+        runtime.config = for_deepseek_v4(LsaConfig(**settings))
+        return runtime.cap_memory(available) // block
+
+    # The pool, a share of the store, has its room beside the blocks.
+    found = blocks(host_memory_gib=4096, device_pool_fraction=0.12)
+    assert found * (block + 0.12 * page) <= BUDGET < (found + 1) * (block + 0.12 * page) + 1
+    assert blocks(host_memory_gib=4096, device_pool_gib=20) == (BUDGET - 20 * GIB) // block
+    assert blocks(host_memory_gib=10) == 10 * GIB // page
+    # Four requests of a million tokens, and windows and states of those in a step.
+    assert blocks(1000 * GIB) == 4 * 4096 + 2 * CHUNK + 64 * config.scheduler_config.max_num_seqs
+    monkeypatch.setattr(config.cache_config, "kv_cache_memory_bytes", BUDGET)
+    assert blocks(host_memory_gib=4096) == BUDGET // block
 
 
 # MiB of one decoding request of 256K, 512K and 1M tokens; of what reading 8,192 tokens at once adds; of block tables.
