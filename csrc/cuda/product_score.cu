@@ -7,17 +7,17 @@
 //
 // An entry has a byte a head, four heads a word, and the entries of four subspaces are added in bytes before they are
 // widened: what they may reach together is 255 steps, which is what a step follows from.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cstdint>
 #include <type_traits>
+
+#include "device.cuh"
 
 #define LSA_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace lsa {
 namespace {
+
+using namespace device;
 
 constexpr int kCodes = 256;
 constexpr int kLine = 128;  // bytes of shared memory that all banks deliver at a time
@@ -64,28 +64,6 @@ __device__ int num_chunks(const Params& p, int row) {
   return (state >= 0) & (length > 0) ? (length - 1) / p.chunk : 0;
 }
 
-// With programmatic launches a kernel begins before the ones ahead of it end. `await_grid` waits for those, and every
-// block calls it before it ends, so that whoever waits for this kernel waits for them too. What a kernel reads before,
-// the one right ahead must not write; and that lets it begin (`let_next_begin`) only after its own wait, if the next
-// one is to find what came before both.
-__device__ void await_grid() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float to_float(__half x) { return __half2float(x); }
-
-__device__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 // An integer in the order of the floats, and back.
 __device__ int order(int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 
@@ -107,7 +85,7 @@ __device__ bool any_row(const Params& p) {
 template <int W, typename Q>
 __global__ void __launch_bounds__(kCodes, 4) build_tables(Params p) {
   constexpr int kHeld = 2, kAlign = 16;
-  extern __shared__ __align__(16) float lifted[];  // [width, passes * W]
+  float* const lifted = dynamic_shared<float>();  // [width, passes * W]
   __shared__ __align__(16) int least[W][kCodes / 32], most[W][kCodes / 32];
   const int m = blockIdx.x, h = blockIdx.y;
   const int width = p.width, heads = p.passes * W, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -219,44 +197,6 @@ using Entry = std::conditional_t<W == 4, uint32_t, uint2>;
 
 template <int T>
 using Codes = std::conditional_t<T == 8, uint2, uint4>;
-
-__device__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
-
-// The same number, of which the compiler knows nothing: what follows from it is not computed ahead and kept.
-__device__ uint32_t anew(uint32_t x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
-// p + 16 * x in one instruction.
-__device__ const uint8_t* sixteens(const uint8_t* p, uint32_t x) {
-  const uint8_t* sum;
-  asm("mad.wide.u32 %0, %1, 16, %2;" : "=l"(sum) : "r"(x), "l"(p));
-  return sum;
-}
-
-// A chunk's codes are asked for in pieces, but come from memory at one time.
-template <int T>
-__device__ void copy_async(uint32_t to, const uint8_t* from) {
-  if constexpr (T == 16)
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global.L2::256B [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
-}
-
-__device__ void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Waits for all groups of the lane's copies but the latest ones.
-template <int Latest>
-__device__ void await_groups() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(Latest) : "memory");
-}
-
-__device__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // Adds the entries of four subspaces. Of a word's two heads in even bytes, `sums` has the sums beside 256 times those
 // of the odd ones, until `part` takes those off: the carries between them are undone by the same arithmetic.
@@ -431,7 +371,7 @@ __device__ constexpr int copied_chunk(int lane, int k) {
 template <int W, int T, int R, bool Once, bool Lean>
 __global__ void __launch_bounds__(Lean ? kLeanThreads : kMostThreads) score(Params p) {
   constexpr int kColumns = kLine / W, kPieces = R / kTogether;
-  extern __shared__ __align__(256) uint8_t shared[];
+  uint8_t* const shared = dynamic_shared<uint8_t>();
   __shared__ int ends[kMaxRows];  // units of the rows up to each
   __shared__ int2 share;
   __shared__ uint32_t factors[kMaxPadded][W];
@@ -544,23 +484,6 @@ __global__ void __launch_bounds__(Lean ? kLeanThreads : kMostThreads) score(Para
     unit += end - begin;
   }
   await_grid();
-}
-
-// A launch that may begin before the kernel ahead of it has ended, where the device can do that.
-template <typename... Arguments>
-cudaError_t launch_early(void (*kernel)(Arguments...), dim3 grid, int threads, int bytes, bool can,
-                         cudaStream_t stream, Arguments... arguments) {
-  cudaLaunchAttribute early;
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = can;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 // A multiprocessor divides its memory anew for a kernel that wants less shared memory, and has to be idle for that.
