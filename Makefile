@@ -29,7 +29,7 @@ $(READY): setup.py scripts/make_env.py
 	$(PYTHON) scripts/make_env.py --venv $(VENV)
 	touch $@
 
-$(KERNELS): $(wildcard csrc/cpu/*) vllm_lsa/ops/build.py | $(READY)
+$(KERNELS): $(wildcard csrc/cpu/* csrc/cuda/*) vllm_lsa/ops/build.py | $(READY)
 	$(BIN)/python -m vllm_lsa.ops.build
 
 $(MODEL): | $(READY)
