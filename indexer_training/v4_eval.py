@@ -17,8 +17,8 @@ from indexer_training import v4_model
 from indexer_training.distributed import Group
 from indexer_training.settings import resolve, write_settings
 from indexer_training.train import Batch, Windows
-from indexer_training.v4_evaluate import kept_mass
-from indexer_training.workspace import Workspace, progress, run_step, write_json
+from indexer_training.v4_evaluate import kept_shares
+from indexer_training.workspace import Workspace, run_step, write_json
 from vllm_lsa.errors import LsaError
 from vllm_lsa.indexer import MemoryIndexer
 from vllm_lsa.indexer.checkpoint import fingerprint_of
@@ -106,26 +106,11 @@ def measure(work: Workspace, indexer: MemoryIndexer | None, budgets: list[float]
     v4_model.initialise(native, work)
     native = native.requires_grad_(False).to(device)
     given = None if indexer is None else indexer.to(device)
-    always = [tokens // s.chunk_tokens for tokens in (s.recency_tokens, s.sink_tokens)]
-    caught: dict[float, dict[str, float]] = {budget: {} for budget in budgets}
-    whole = 0.0
-    for i in progress(range(s.captured), "evaluate", Group("evaluate", "cpu"), " windows"):
-        batch = windows.batch(i, torch.arange(len(s.starts)))
-        mass = batch.mass(0).squeeze(1)
-        whole += float(mass.sum())
-        for name, scores in scores_of(batch, native, given).items():
-            for budget, found in caught.items():
-                found[name] = found.get(name, 0.0) + kept_mass(scores, mass, batch.counts, budget, always)
-    return [
-        {
-            "context": s.context,
-            "budget": budget,
-            "windows": s.captured,
-            "cycles": s.captured * len(s.starts),
-            **{name: round(x / max(whole, 1e-12), 4) for name, x in found.items()},
-        }
-        for budget, found in caught.items()
-    ]
+    shares = kept_shares(
+        windows, range(s.captured), Group("evaluate", "cpu"), s, budgets, lambda batch: scores_of(batch, native, given)
+    )
+    about = {"windows": s.captured, "cycles": s.captured * len(s.starts)}
+    return [{"context": s.context, "budget": budget, **about, **found} for budget, found in shares.items()]
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ The pages are chosen as the engine chooses them (`select_pages`), once per cycle
 window after it, mean over all c4 layers (see `Recorder`).
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from indexer_training import v4_model
 from indexer_training.distributed import Group
 from indexer_training.evaluate import selected
+from indexer_training.settings import Settings
 from indexer_training.train import Batch, Windows, read_trained
 from indexer_training.workspace import Workspace, progress, write_json
 from vllm_lsa.indexer import MemoryIndexer
@@ -54,6 +56,33 @@ def scores_of(batch: Batch, trained: MemoryIndexer, before: MemoryIndexer) -> di
     }
 
 
+def kept_shares(
+    windows: Windows,
+    numbers: Sequence[int],
+    group: Group,
+    settings: Settings,
+    budgets: Sequence[float],
+    scores: Callable[[Batch], dict[str, torch.Tensor]],
+) -> dict[float, dict[str, float]]:
+    """By budget and column, the share of golden entries on the pages that are kept, over windows of these numbers.
+
+    scores: fp32 [S, N] by column, of a window's cycles.
+    """
+    always = [tokens // settings.chunk_tokens for tokens in (settings.recency_tokens, settings.sink_tokens)]
+    caught: dict[float, dict[str, float]] = {budget: {} for budget in budgets}
+    whole = 0.0
+    for i in progress(numbers, "evaluate", group, " windows"):
+        batch = windows.batch(i, torch.arange(len(settings.starts)))
+        mass = batch.mass(0).squeeze(1)
+        whole += float(mass.sum())
+        for name, of_column in scores(batch).items():
+            for budget, found in caught.items():
+                found[name] = found.get(name, 0.0) + kept_mass(of_column, mass, batch.counts, budget, always)
+    return {
+        budget: {name: round(x / max(whole, 1e-12), 4) for name, x in found.items()} for budget, found in caught.items()
+    }
+
+
 def run(work: Workspace, group: Group) -> dict[str, Any]:
     """Measure; the leading process alone."""
     if not group.leads:
@@ -65,19 +94,10 @@ def run(work: Workspace, group: Group) -> dict[str, Any]:
     begin = v4_model.untrained(work)
     v4_model.initialise(begin, work)
     trained, before = (selected(x, about).to(device) for x in (indexer, begin))
-    always = [tokens // s.chunk_tokens for tokens in (s.recency_tokens, s.sink_tokens)]
-    caught: dict[float, dict[str, float]] = {budget: {} for budget in s.evaluate_budgets}
-    whole = 0.0
-    for i in progress(range(s.documents, s.captured), "evaluate", group, " windows"):
-        batch = windows.batch(i, torch.arange(len(s.starts)))
-        mass = batch.mass(0).squeeze(1)
-        whole += float(mass.sum())
-        for name, scores in scores_of(batch, trained, before).items():
-            for budget, found in caught.items():
-                found[name] = found.get(name, 0.0) + kept_mass(scores, mass, batch.counts, budget, always)
-    rows = {
-        f"golden on kept pages, {budget:.1%}": {name: round(x / max(whole, 1e-12), 4) for name, x in found.items()}
-        for budget, found in caught.items()
-    }
+    numbers = range(s.documents, s.captured)
+    shares = kept_shares(
+        windows, numbers, group, s, s.evaluate_budgets, lambda batch: scores_of(batch, trained, before)
+    )
+    rows = {f"golden on kept pages, {budget:.1%}": found for budget, found in shares.items()}
     write_json(work.folder("evaluate") / "table.json", rows)
     return {"documents": s.heldout_documents, "table": rows}

@@ -2,7 +2,6 @@
 what it reads and writes, and that its threads meet. That they run one after the other hides their races."""
 
 import ctypes
-import math
 import subprocess
 from pathlib import Path
 
@@ -10,11 +9,10 @@ import pytest
 import torch
 
 from tests.kernels import DEVICE
-from tests.test_ops_score_rows import PRODUCT, product_case, stepped
+from tests.test_ops_score_rows import PRODUCT, assert_stepped, product_case
 from vllm_lsa.device.state import PAGE
 from vllm_lsa.ops import build, cuda_native
-from vllm_lsa.ops.native import DTYPES
-from vllm_lsa.ops.score_rows import score_rows_naive, score_scratch
+from vllm_lsa.ops.score_rows import product_arguments, score_rows_naive, score_scratch
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="the kernel itself is tested where there is a GPU")
 DEVICE_H = Path(__file__).parent / "cuda_on_cpu" / "device.h"
@@ -32,32 +30,19 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def compare(library, args, options, multiprocessors):
     """The kernel on so many multiprocessors against the twin that rounds as it does, and against the exact one."""
     q, cells, rows, sets, num_pages = args
-    kv_heads, heads = cells.shape[1], q.shape[1]
-    to_query, centroids = options["to_query"], options["centroids"]
+    heads, subspaces = q.shape[1], options["centroids"].shape[1]
     memory = cells.untyped_storage()
     library.cpu_set(
         ctypes.c_void_p(memory.data_ptr()), ctypes.c_void_p(memory.data_ptr() + memory.nbytes()), multiprocessors
     )
-    subspaces, rows_of_batch = centroids.shape[1], len(rows.length)
-    scratch = score_scratch(rows_of_batch, heads, kv_heads, subspaces, DEVICE, "cuda").fill_(255)
+    scratch = score_scratch(len(rows.length), heads, cells.shape[1], subspaces, DEVICE, "cuda").fill_(255)
     exact, got = torch.full((2, num_pages, heads, PAGE), float("nan"))
-    error = library.lsa_product_score_rows(
-        q.data_ptr(), q.stride(0), q.stride(1), DTYPES[q.dtype], to_query.data_ptr(), centroids.data_ptr(),
-        cells.data_ptr(), *cells.stride()[:3], cells.shape[2], rows.token.data_ptr(), rows.length.data_ptr(),
-        rows.state.data_ptr(), rows.block_table.data_ptr(), rows.block_table.stride(0), sets.pages.data_ptr(),
-        sets.pages.stride(0), scratch.data_ptr(), got.data_ptr(), rows_of_batch, kv_heads, heads // kv_heads, subspaces,
-        q.shape[2], options["chunk"], options["scale"] * math.log2(math.e), None,
-    )  # fmt: skip
-    assert not error
-    want, steps = stepped(*args, **options)
-    written = ~want.isnan()
-    assert written.any() and torch.equal(written, ~got.isnan())
-    # An entry next to a step may fall on the other side of it: two in one token are rare. Where there is one subspace,
-    # its highest entry lies on the last step.
-    off = ((got - want).abs() / steps)[written]
-    assert off.max() < 2.1 and off.mean() < (0.1 if subspaces > 1 else 0.25), (off.max(), off.mean())
+    of_call = {**options, "logits": got, "scratch": scratch}
+    assert not library.lsa_product_score_rows(*product_arguments(q, cells, rows, sets, **of_call), None)
     score_rows_naive(q, cells, rows, sets, logits=exact, **options)
-    assert ((got - exact).abs() / steps)[written].max() < subspaces / 2 + 0.1
+    assert not exact.isnan().all()
+    # Where there is one subspace, its highest entry lies on the last step.
+    assert_stepped(got, exact, args, options, 0.1 if subspaces > 1 else 0.25)
 
 
 # With many blocks a row and head has several, with few a block has several rows.

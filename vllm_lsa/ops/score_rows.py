@@ -100,7 +100,7 @@ def score_rows(
         return
     assert to_query is not None
     form = form or product_form()
-    (_, q_heads, dim), (_, kv_heads, per_block, _), subspaces = q.shape, cells.shape, centroids.shape[1]
+    q_heads, kv_heads, subspaces = q.shape[1], cells.shape[1], centroids.shape[1]
     needed = score_scratch(n, q_heads, kv_heads, subspaces, torch.device("meta"), form).numel()
     require(
         scratch is not None and scratch.dtype == torch.uint8 and scratch.device == q.device and scratch.is_contiguous(),
@@ -117,13 +117,22 @@ def score_rows(
     require(library is not None, "form='cuda' needs the CUDA kernels: build them with 'python -m vllm_lsa.ops.build'")
     assert library is not None
     require(n <= MAX_ROWS, f"{n} rows are more than {MAX_ROWS}")
-    launch(
-        library, "lsa_product_score_rows",
+    arguments = product_arguments(q, cells, rows, sets, chunk, scale, logits, to_query, centroids, scratch)
+    launch(library, "lsa_product_score_rows", *arguments)
+
+
+def product_arguments(
+    q: torch.Tensor, cells: torch.Tensor, rows: DeviceRows, sets: DeviceSets, chunk: int, scale: float,
+    logits: torch.Tensor, to_query: torch.Tensor, centroids: torch.Tensor, scratch: torch.Tensor,
+) -> tuple[int | float, ...]:  # fmt: skip
+    """What the C function of the CUDA kernel takes, up to the stream. Tensors: see `score_rows`."""
+    kv_heads, per_block, subspaces = cells.shape[1], cells.shape[2], centroids.shape[1]
+    return (
         q.data_ptr(), q.stride(0), q.stride(1), DTYPES[q.dtype], to_query.data_ptr(), centroids.data_ptr(),
         cells.data_ptr(), *cells.stride()[:3], per_block, rows.token.data_ptr(), rows.length.data_ptr(),
         rows.state.data_ptr(), rows.block_table.data_ptr(), rows.block_table.stride(0), sets.pages.data_ptr(),
-        sets.pages.stride(0), scratch.data_ptr(), logits.data_ptr(), n, kv_heads, q_heads // kv_heads, subspaces, dim,
-        chunk, scale * math.log2(math.e),
+        sets.pages.stride(0), scratch.data_ptr(), logits.data_ptr(), len(rows.length), kv_heads,
+        q.shape[1] // kv_heads, subspaces, q.shape[2], chunk, scale * math.log2(math.e),
     )  # fmt: skip
 
 
