@@ -43,6 +43,7 @@ class C4Layer:
         """Become a layer of the runtime. keys: the class of its index keys."""
         self._runtime = DeepseekV4Runtime.of(vllm_config)
         self._layer = self._runtime.add_layer(self)
+        self._keeps_keys = self._runtime.keeps_keys(self)
         self.indexer.k_cache.__class__ = keys
         self.indexer.k_cache.key_layers = self._runtime.key_layers
         self.indexer.compressor.state_cache.__class__ = IndexerStateCache

@@ -127,7 +127,7 @@ class LsaAttention(C4Layer, DeepseekV4FlashMLAAttention):
         metadata = self._share_metadata()
         if metadata is not None:
             self._note(metadata.plan, hidden_states, index_q, index_weights)
-            if index_q is not None and index_weights is not None and not self._runtime.keeps_keys(self):
+            if index_q is not None and index_weights is not None and not self._keeps_keys:
                 engine = self._engine
                 keys, slots = engine.geometry.key_pages(engine.pool_pages()), engine.tables.slots[self._layer]
                 decode_slots = slots[: metadata.num_decodes]

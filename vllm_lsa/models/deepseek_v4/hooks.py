@@ -118,7 +118,7 @@ class LsaAttention(C4Layer, DeepseekV4CPUAttention):
             engine.note_hidden(plan, self._layer, hidden_states)
             if index_q is not None and index_weights is not None:
                 engine.note_queries(plan, self._layer, index_q, index_weights)
-                if not self._runtime.keeps_keys(self):
+                if not self._keeps_keys:
                     self._score_host_keys(plan, hidden_states, index_q, index_weights)
                     self.forward_mqa(q, kv, positions, out)
                     return
