@@ -1,6 +1,9 @@
 """Ranks that hold some heads of every layer attend to the sets that one engine with all heads attends to."""
 
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import random_checkpoint, tiny_models
 from tests.divided import Comparison
-from tests.paths import MODEL, run_module
+from tests.paths import MODEL, ROOT, run_module
 from tests.test_engine import CHUNK, DIM, HKV, HQ, LAYERS, config, run
 from vllm_lsa.config import LsaConfig
 from vllm_lsa.errors import LsaError
@@ -172,6 +175,25 @@ def test_what_cannot_be_divided_is_refused_in_one_line(tmp_path):
         validate.check(agreed)
     with pytest.raises(ValueError, match=r"attention heads \(9\) must be divisible by tensor parallel size"):
         configure(MODEL, 2)
+
+
+@pytest.mark.vllm
+def test_requests_leave_in_one_order_on_all_ranks():
+    """A rank is a process of its own, with hashes of its own, by which vLLM's sets of names are in order."""
+    pytest.importorskip("vllm")
+    code = """
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm_lsa.plugin.scheduler_output import step_update
+output = SchedulerOutput.make_empty()
+output.finished_req_ids, output.preempted_req_ids = ({f"{kind}-{i}" for i in range(20)} for kind in "fp")
+update = step_update(output)
+print(*update.finished, *update.preempted)
+"""
+    ranks = [
+        subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": str(n)})
+        for n in (1, 2)
+    ]
+    assert ranks[0].split()[-40:] == ranks[1].split()[-40:]
 
 
 @pytest.mark.vllm

@@ -6,11 +6,15 @@ from vllm_lsa.residency.requests import NewRequest, RequestUpdate, StepUpdate
 
 
 def step_update(output: Any, group: int = 0) -> StepUpdate:
-    """group: the KV cache group whose blocks the host store follows; dense models have one."""
+    """group: the KV cache group whose blocks the host store follows; dense models have one.
+
+    vLLM's sets of names come in another order in every process, and the order in which requests leave decides what the
+    next ones get, the steps in which they select included: ranks that exchange scores would wait for different ones.
+    """
     cached = output.scheduled_cached_reqs
     return StepUpdate(
-        finished=list(output.finished_req_ids),
-        preempted=list(output.preempted_req_ids or ()),
+        finished=sorted(output.finished_req_ids),
+        preempted=sorted(output.preempted_req_ids or ()),
         new=[
             NewRequest(r.req_id, r.block_ids[group], r.num_computed_tokens, r.prompt_len)
             for r in output.scheduled_new_reqs

@@ -13,15 +13,18 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def peers() -> Peers:
-    """The other ranks of the group. What is on the host is exchanged by gloo, what is on the device by its library."""
+    """The other ranks of the group. What is on the host is exchanged by gloo, what is on the device by vLLM's own
+    communicator: one more would take device memory that nobody has counted, in the first cycle of the first request.
+    """
     group = get_tp_group()
     if group.world_size == 1:
         return Peers()
 
     def gather(x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cpu":
+            return group.all_gather(x.contiguous()[None], 0)
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.world_size)]
-        by = group.cpu_group if x.device.type == "cpu" else group.device_group
-        torch.distributed.all_gather(parts, x.contiguous(), group=by)
+        torch.distributed.all_gather(parts, x.contiguous(), group=group.cpu_group)
         return torch.stack(parts)
 
     return Peers(gather)
