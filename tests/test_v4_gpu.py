@@ -15,6 +15,7 @@ import torch
 
 from tests.paths import run_module
 from tests.v4 import install, model
+from tests.v4_runs import FEW_BLOCKS, GROWING, scorers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,9 +46,13 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model.write(tmp_path_factory.mktemp("model"))
 
 
-def run(folder: Path, path: Path, batches: list[dict[str, Any]], lsa: dict[str, Any] | None, graphs: bool) -> Any:
+def run(
+    folder: Path, path: Path, batches: list[dict[str, Any]], lsa: dict[str, Any] | None, graphs: bool,
+    chunk: int = 9344, **arguments: Any,
+) -> Any:  # fmt: skip
+    """chunk: tokens of a step, prompts' included. arguments: of vLLM's `LLM`."""
     llm = {**model.ARGUMENTS, "model": str(path), "kv_cache_memory_bytes": 700 << 20, "enforce_eager": not graphs}
-    llm |= {"max_num_batched_tokens": 9344, "gpu_memory_utilization": 0.12}
+    llm |= {"max_num_batched_tokens": chunk, "gpu_memory_utilization": 0.12} | arguments
     # Warming up needs the modules that stand-ins replace.
     llm |= {"kernel_config": {"enable_jit_warmup": False}}
     if lsa is not None:
@@ -84,4 +89,37 @@ def test_sparse_decode_reads_its_set(path, tmp_path, graphs, keys):
         assert lsa["pages"] > LAYERS * 89 * 11
     else:
         assert lsa["from_store"] == LAYERS * (89 + 3 * 49)
+        assert lsa["oracle"] > 50 and any(held < whole for held, whole in lsa["held"])
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_a_memory_indexer_chooses_from_prompts_read_in_chunks(path, tmp_path, graphs):
+    """A random checkpoint in the published layout, for all three c4 layers; 34 pages in each layer, as above."""
+    settings = {"indexer": str(scorers(tmp_path / "joint.safetensors")), "budget": 0.36, "period": 16, "mode": "mean"}
+    settings |= {"recency_tokens": 1792}  # leaves room for a choice
+    settings["device_pool_gib"] = 34 * LAYERS * PAGE / 2**30
+    lsa = run(tmp_path, path, SPARSE, settings, graphs, chunk=2048)
+    assert [len(tokens) for told in lsa["tokens"] for tokens in told] == [90, 50, 50, 50]
+    assert lsa["counts"]["bytes_fetched"] > 0 and lsa["counts"]["chunks_missed"] == lsa["pinned"] == 0
+    # Every selection is what the rule makes of its scores, and those are what a float64 twin has.
+    assert lsa["selected"] == len(lsa["steps"]) >= 5
+    if graphs:
+        assert lsa["pages"] > LAYERS * 89 * 9
+    else:
+        assert lsa["from_store"] >= LAYERS * (89 + 3 * 49)
+        assert lsa["oracle"] > 50 and any(held < whole for held, whole in lsa["held"])
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_a_request_whose_sets_are_chosen_ahead_is_preempted_and_comes_back(path, tmp_path, graphs):
+    """In each layer 14 pages of 12 + 6 · 1; 140 blocks, for which the long request has to leave."""
+    settings = {"indexer": "native", "budget": 0.75, "period": 16, "lead": 5, "recency_tokens": 1792}
+    settings["device_pool_gib"] = 14 * LAYERS * PAGE / 2**30
+    lsa = run(tmp_path, path, [GROWING], settings, graphs, **FEW_BLOCKS)
+    assert lsa["preemptions"] > 0
+    assert [len(tokens) for tokens in lsa["tokens"][0]] == [GROWING["max_tokens"]] * len(GROWING["prompts"])
+    assert 16 - 5 in lsa["steps"] and lsa["pinned"] == 0
+    if graphs:
+        assert lsa["pages"] > LAYERS * 100 * 9
+    else:
         assert lsa["oracle"] > 50 and any(held < whole for held, whole in lsa["held"])

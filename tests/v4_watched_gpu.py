@@ -2,16 +2,19 @@
 
 SPEC and OUT as in `tests.v4_watched`, with fewer results: {"tokens", "chosen", "preemptions", "counts", "pinned",
 "oracle": rows compared with the oracle, "from_store": rows whose attention was repeated out of the store, "held":
-[resident pages, all of them] of each row and step}. What is watched
-runs outside CUDA graphs; with them only "pages" are: those of which the pool holds what the store does, after a step.
+[resident pages, all of them] of each row and step, "steps": of each selection, the decode steps since a period began,
+"selected": selections compared with the twin of the memory indexer}. Layers are watched outside CUDA graphs; with them
+"pages" are instead: those of which the pool holds what the store does, after a step.
 
 With LSA, each row of one token is checked after each layer: the entries chosen are the best that its set has, they hold
-in the pool what the store holds, and the result is that of `tests.v4.oracle`.
+in the pool what the store holds, and the result is that of `tests.v4.oracle`. A memory indexer's scores, from fp8
+queries, are near those of a float64 twin, and its pages are what the rule makes of them.
 """
 
 import hashlib
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,11 +27,14 @@ from vllm.models.deepseek_v4.nvidia.flashmla import DeepseekV4FlashMLAAttention
 from tests.generate import run_batch
 from tests.v4 import oracle
 from tests.v4.attention import TOP_K
+from tests.v4.scorer_twin import Scorers, best_pages
 from vllm_lsa.plugin.runtime import Runtime
 from vllm_lsa.residency.requests import StepUpdate
 
 ROWS = 2
 """Rows of a step whose attention is compared with the oracle, in float64 on the host."""
+MOST_APART, MEAN_APART = 0.1, 0.015
+"""How far scores in [0, 1] from queries in fp8 may be from float64's."""
 
 
 class Watch:
@@ -40,6 +46,10 @@ class Watch:
         self.from_store = 0
         self.pages = 0
         self.held: list[list[int]] = []
+        self.steps: list[int] = []
+        self.selected = 0
+        self.hidden: dict[str, dict[int, torch.Tensor]] = {}
+        self.queries: tuple[Any, Any] = (None, None)
 
     def note(self, attention: Any, positions: torch.Tensor) -> None:
         chosen = attention.topk_indices_buffer[: len(positions)].sort(dim=1).values.cpu().numpy()
@@ -85,8 +95,11 @@ class Watch:
             return
         here = torch.from_numpy(blocks).to(engine._keys[layer].device)
         keys = oracle.index_keys(engine._keys[layer][here].cpu(), np.arange(len(blocks)), count)
-        place = int(plan.last_row[row])
-        q, w = engine.queries.queries[place, layer].cpu(), engine.queries.weights[place, layer].cpu()
+        q, w = (each[plan.rows[row].start].cpu() for each in self.queries)
+        if engine.scorer is None:
+            place = int(plan.last_row[row])
+            assert torch.equal(engine.queries.queries[place, layer].view(torch.uint8).cpu(), q.view(torch.uint8))
+            assert torch.equal(engine.queries.weights[place, layer].cpu(), w.float())
         found = oracle.logits(q, w, keys)
         others = np.ones(count, bool)
         others[chosen] = False
@@ -108,6 +121,66 @@ class Watch:
         every = np.concatenate([oracle.states(pages, size, window - first * size), states])
         heads = attention.n_local_heads
         return oracle.attend(q[row, :heads].cpu(), attention.attn_sink[:heads].cpu(), attention.scale, every)
+
+    def selecting(self, engine: Any, scorers: Scorers | None) -> None:
+        """Note when selections are made, and check those of a memory indexer."""
+        stock, config = engine.lookahead._select, engine.config
+
+        def select(request: Any, row: int, num_chunks: int, budget: np.ndarray, cycle: int, usage: Any) -> np.ndarray:
+            mask: np.ndarray = stock(request, row, num_chunks, budget, cycle, usage)
+            self.steps.append((request.num_computed - request.num_prompt) % config.period)
+            if scorers is not None:
+                scores = self.checked_scores(engine, scorers, request, row, cycle)
+                threshold = config.threshold
+                if "threshold" not in config.model_fields_set:
+                    threshold = scorers.threshold(config.budget)
+                kept = best_pages(
+                    scores, int(budget[0]) + -(-len(scores) // 64) - num_chunks, threshold,
+                    config.recency_tokens // 4, config.sink_tokens // 4,
+                )  # fmt: skip
+                assert (mask == np.array(kept[:num_chunks])).all()
+                self.selected += 1
+            return mask
+
+        engine.lookahead._select = select
+
+    def checked_scores(self, engine: Any, scorers: Scorers, request: Any, row: int, cycle: int) -> list[float]:
+        """The memory indexer's scores of a request's entries, compared with the twin's."""
+        entries, noted = request.num_computed // 4, engine.hidden.of(row)
+        for layer, hidden in noted.items():
+            # Outside graphs the layers have been seen themselves.
+            assert not self.hidden or torch.equal(hidden[0], self.hidden[request.id][layer])
+        blocks = torch.from_numpy(request.blocks.astype(np.int64))
+        keys = {}
+        for layer in scorers.layers:
+            cache = engine._keys[layer]
+            keys[layer] = oracle.index_keys(cache[blocks.to(cache.device)].cpu(), np.arange(len(blocks)), entries)
+        inputs = {layer: hidden[0].double().cpu().numpy() for layer, hidden in noted.items()}
+        want = scorers.scores(inputs, request.num_computed - 1, keys, engine.config.mode)
+        got: torch.Tensor = engine._scores(request, row, entries, cycle)[0].cpu()
+        apart = np.abs(got.double().numpy() - want)
+        assert apart.max() <= MOST_APART and apart.mean() <= MEAN_APART, (apart.max(), apart.mean())
+        return got.tolist()
+
+
+def watch_inputs(seen: Watch) -> None:
+    """Keep what each c4 layer's indexer is given, and the attention input of each request's last token."""
+    from vllm_lsa.models.deepseek_v4.cuda_hooks import LsaAttention
+
+    stock = LsaAttention._sparse_indexer_and_attn
+
+    def _sparse_indexer_and_attn(
+        self: Any, hidden_states: torch.Tensor, q: Any, scale: Any, w: Any, *args: Any
+    ) -> None:
+        metadata = get_forward_context().attn_metadata
+        plan = self._runtime.index_metadata(metadata).plan if isinstance(metadata, dict) else None
+        seen.queries = (q, w)
+        for row in plan.rows if plan is not None else ():
+            of_request = seen.hidden.setdefault(row.request.id, {})
+            of_request[self._layer] = hidden_states[row.start + row.length - 1].float()
+        stock(self, hidden_states, q, scale, w, *args)
+
+    LsaAttention._sparse_indexer_and_attn = _sparse_indexer_and_attn
 
 
 def watch(seen: Watch, every: int) -> None:
@@ -167,15 +240,22 @@ def main() -> None:
     spec = json.load(open(sys.argv[1]))
     llm = LLM(**{"disable_log_stats": False, **spec["llm"]})
     settings = spec["llm"].get("additional_config", {}).get("lsa")
-    seen = Watch()
-    if spec["llm"].get("enforce_eager", True):
+    seen, eager = Watch(), spec["llm"].get("enforce_eager", True)
+    if eager:
         watch(seen, spec.get("every", 1))
-    elif settings is not None:
-        watch_pages(Runtime.latest().engine, seen)
+    if settings is not None:
+        engine, indexer = Runtime.latest().engine, Path(settings.get("indexer", ""))
+        scorers = Scorers(indexer, Path(spec["llm"]["model"])) if indexer.is_absolute() else None
+        seen.selecting(engine, scorers)
+        if not eager:
+            watch_pages(engine, seen)
+        else:
+            watch_inputs(seen)
     tokens = [run_batch(llm, {"name": f"batch-{n}", **batch}) for n, batch in enumerate(spec["batches"])]
     metrics = {metric.name: metric for metric in llm.llm_engine.get_metrics()}
     result: dict[str, Any] = {"tokens": tokens, "chosen": sorted(seen.chosen), "held": seen.held}
     result |= {"oracle": seen.oracle, "from_store": seen.from_store, "pages": seen.pages}
+    result |= {"steps": seen.steps, "selected": seen.selected}
     result |= {"preemptions": int(metrics["vllm:num_preemptions"].value)}
     if settings is not None:
         engine = Runtime.latest().engine
