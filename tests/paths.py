@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -26,20 +27,29 @@ def run_module(
 ) -> Any:
     """Run `python -m MODULE spec.json out.json` and return what it wrote; its log is shown when it fails.
 
-    env: environment variables besides IN_PROCESS.
+    env: environment variables besides IN_PROCESS. After `timeout` seconds it fails, and what it started ends with it.
     """
     assert MODEL.exists(), f"{MODEL} is missing: run `make model`"
     folder.mkdir(parents=True, exist_ok=True)
     source, target, log = folder / "spec.json", folder / "out.json", folder / "log.txt"
     source.write_text(json.dumps(spec))
     with log.open("w") as out:
-        code = subprocess.call(
+        process = subprocess.Popen(
             [sys.executable, "-m", module, str(source), str(target)],
             cwd=ROOT,
             stdout=out,
             stderr=subprocess.STDOUT,
             env={**os.environ, **IN_PROCESS, **(env or {})},
-            timeout=timeout,
+            start_new_session=True,
         )
-    assert code == 0, f"{module} failed:\n{log.read_text()[-4000:]}"
+        try:
+            end = f"status {process.wait(timeout)}"
+        except subprocess.TimeoutExpired:
+            end = f"no end after {timeout:g} s"
+        finally:
+            if process.poll() is None:
+                # With its workers, which may be waiting for one another.
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    assert end == "status 0", f"{module} failed, {end}:\n{log.read_text()[-4000:]}"
     return json.loads(target.read_text())

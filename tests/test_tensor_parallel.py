@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,17 @@ def tokens(count: int, seed: int) -> list[int]:
     return [rng.randrange(3, 512) for _ in range(count)]
 
 
+# vLLM gives every rank a NUMA node of its own and would refuse a machine with one; threads are for one core a rank.
+CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+
 def generate(
-    folder: Path, model: Path, ranks: int, prompts: dict[str, list[list[int]]], lsa: dict[str, Any] | None
-) -> dict[str, Any]:
+    folder: Path, model: Path, ranks: int, prompts: dict[str, list[list[int]]], lsa: dict[str, Any] | None,
+    env: Mapping[str, str] = CPU, **more: Any,
+) -> dict[str, Any]:  # fmt: skip
     """What an engine answers, with the sets of its ranks; of stock vLLM if there are no settings for LSA.
 
-    prompts: by scenario; the prompts of "together" make one batch.
+    prompts: by scenario; the prompts of "together" and "next" make one batch each. more: arguments of `vllm.LLM`.
     """
     llm: dict[str, Any] = {
         "model": str(model),
@@ -120,15 +126,14 @@ def generate(
         "gpu_memory_utilization": 0.1,
         "kv_cache_memory_bytes": 1 << 28,
     }
+    llm |= more
     if lsa is not None:
         llm |= {"attention_backend": "LSA", "additional_config": {"lsa": lsa}}
     scenarios = [
-        {"name": name, "prompts": of, "max_tokens": TOKENS, "together": name == "together"}
+        {"name": name, "prompts": of, "max_tokens": TOKENS, "together": name in ("together", "next")}
         for name, of in prompts.items()
     ]
     spec = {"llm": llm, "scenarios": scenarios, "trace": lsa is not None}
-    # vLLM gives every rank a NUMA node of its own and would refuse a machine with one; threads are for one core a rank.
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     return run_module("tests.generate", spec, folder, 400, env)
 
 
