@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks import ranks as several
 from benchmarks.report import RESULTS, write_csv
 from benchmarks.shapes import SHAPES, Shape
 from vllm_lsa.config import GIB, LsaConfig
@@ -53,7 +54,7 @@ class Load:
 
 
 def lsa_settings(
-    shape: Shape, name: str, loads: Sequence[Load], model: Path, extra: dict[str, Any], max_len: int
+    shape: Shape, name: str, loads: Sequence[Load], model: Path, extra: dict[str, Any], max_len: int, ranks: int = 1
 ) -> dict[str, Any]:
     """Settings of an LSA configuration with a host store and a device pool that are large enough for every load."""
     base = CONFIGURATIONS[name]
@@ -69,7 +70,7 @@ def lsa_settings(
     settings["host_memory_gib"] = (blocks + 0.5) * geometry.block_bytes / GIB
     if "device_pool_fraction" not in settings and "device_pool_gib" not in settings:
         slots = max(load.requests * _slots(config, geometry, load) for load in loads)
-        settings["device_pool_gib"] = SPARE * slots * geometry.page_bytes / GIB
+        settings["device_pool_gib"] = SPARE * slots * geometry.page_bytes / GIB / ranks
     LsaConfig.parse({"lsa": settings})
     return settings
 
@@ -89,8 +90,8 @@ def stock_kv_bytes(shape: Shape, loads: Sequence[Load], max_len: int) -> int:
     return (blocks + spare) * geometry.block_bytes
 
 
-def make_llm(args: argparse.Namespace, name: str, loads: Sequence[Load]) -> Any:
-    """The engine of a configuration, in this process."""
+def make_llm(args: argparse.Namespace, name: str, loads: Sequence[Load], ranks: int = 1) -> Any:
+    """The engine of a configuration, in this process; workers of several ranks are processes of their own."""
     from vllm import LLM
 
     shape = SHAPES[args.shape]
@@ -100,11 +101,14 @@ def make_llm(args: argparse.Namespace, name: str, loads: Sequence[Load]) -> Any:
         sys.exit(f"{max_len} tokens with those that are generated, but {shape.name} has {shape.max_positions}: do less")
     backend: dict[str, Any]
     if CONFIGURATIONS[name] is None:
-        backend = {"attention_backend": "FLASH_ATTN", "kv_cache_memory_bytes": stock_kv_bytes(shape, loads, max_len)}
+        room = stock_kv_bytes(shape, loads, max_len) // ranks
+        backend = {"attention_backend": "FLASH_ATTN", "kv_cache_memory_bytes": room}
     else:
-        settings = lsa_settings(shape, name, loads, model, json.loads(args.lsa), max_len)
+        settings = lsa_settings(shape, name, loads, model, json.loads(args.lsa), max_len, ranks)
         print("LSA settings:", json.dumps(settings), flush=True)
         backend = {"attention_backend": "LSA", "additional_config": {"lsa": settings}}
+    if ranks > 1:
+        backend |= {"tensor_parallel_size": ranks, **several.ARGUMENTS}
     return LLM(
         str(model),
         load_format="dummy",
@@ -275,6 +279,7 @@ def run_all(
     lines.write_text("")
     env = {
         **os.environ,
+        **(several.ENVIRONMENT if getattr(args, "ranks", 1) > 1 else {}),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",

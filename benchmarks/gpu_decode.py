@@ -4,7 +4,8 @@ Dummy weights, bf16, CUDA graphs and vLLM's defaults otherwise. Each configurati
 cases run one after the other in it, and what a case with the same context has prefilled is kept for the next larger
 one. A step's time is the interval between the tokens of two successive steps. The floor is the bytes that a step has to
 read (weights without the input embedding, K and V attended to, index where demand reads it) at the read bandwidth
-measured in this run. Every row is on the disk (.jsonl) as soon as it is measured.
+measured in this run. Every row is on the disk (.jsonl) as soon as it is measured. With several ranks the floor, the
+bytes read and the counts are those of one.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
-from benchmarks import engines
+from benchmarks import engines, ranks
 from benchmarks.report import machine, pyplot, read_rows
 from benchmarks.shapes import SHAPES
 
@@ -44,15 +45,13 @@ def measure(args: argparse.Namespace, name: str) -> None:
     """All cases of one configuration, in this process."""
     import time
 
-    import torch
-
     shape, planned = SHAPES[args.shape], groups(args)
     loads = [engines.Load(batches[-1], context + most) for context, batches, most in planned]
-    if args.no_prompt_attention:
-        engines.skip_prompt_attention()
     start = time.perf_counter()
-    llm = engines.make_llm(args, name, loads)
+    llm = engines.make_llm(args, name, loads, args.ranks)
     startup = time.perf_counter() - start
+    if args.no_prompt_attention:
+        llm.collective_rpc(ranks.skip_prompt_attention)
     requests = engines.Requests(llm)
     longest = max(context for context, _, _ in planned)
     requests.add(shape.prompts(1, min(WARM_UP, longest), seed=1), 64)
@@ -68,37 +67,38 @@ def measure(args: argparse.Namespace, name: str) -> None:
                 "configuration": name,
                 "batch": batch,
                 "context": context,
-                **timed(args, requests, context),
+                "ranks": args.ranks,
+                **timed(args, llm, requests, context),
                 "prefill_s_per_request": "" if args.no_prompt_attention else engines.rounded(seconds / fresh),
                 "startup_s": engines.rounded(startup),
             }
-            free, total = torch.cuda.mem_get_info()
-            row["device_used_gib"] = engines.rounded((total - free) / 2**30)
+            used = max(report.device_used for report in llm.collective_rpc(ranks.report))
+            row["device_used_gib"] = engines.rounded(used / 2**30)
             engines.emit(args.out.with_suffix(".jsonl"), row)
             if args.profile:
                 profile(args.profile / f"{shape.name}-{name}-{batch}x{context}.txt", requests)
         requests.drop()
 
 
-def timed(args: argparse.Namespace, requests: engines.Requests, context: int) -> dict[str, Any]:
-    import torch
-
-    shape, engine = SHAPES[args.shape], engines.lsa_engine()
+def timed(args: argparse.Namespace, llm: Any, requests: engines.Requests, context: int) -> dict[str, Any]:
+    shape = SHAPES[args.shape]
     batch = len(requests.live)
     gc.collect()
     gc.freeze()
-    before = counted(engine)
+    before = llm.collective_rpc(ranks.report)
     generated = sum(requests.live.values()) / batch
-    held = [footprint(engine, shape, context + generated, batch)]
+    held = [footprint(before, shape, context + generated, batch)]
+    if args.ranks > 1:
+        requests.decode(2)  # workers that are asked have nothing under way afterwards
     times = requests.decode(args.steps)
     length = context + (generated + sum(requests.live.values()) / batch) / 2
-    held.append(footprint(engine, shape, context + sum(requests.live.values()) / batch, batch))
-    torch.cuda.synchronize()
-    counts = {key: value - before.get(key, 0) for key, value in counted(engine).items()}
+    after = llm.collective_rpc(ranks.report, args=(True,))
+    held.append(footprint(after, shape, context + sum(requests.live.values()) / batch, batch))
+    counts = {key: ranks.difference(after, before, key) for key in after[0].counts}
     mean = sum(times) / len(times)
     total, resident, index = (sum(values) / 2 for values in zip(*held, strict=True))
-    demands = engine is not None and engine.config.demand != "off" and resident < 0.99 * total
-    read = shape.weight_bytes + min(resident, total) + index * demands
+    demands = after[0].demands and resident < 0.99 * total
+    read = (shape.weight_bytes + min(resident, total) + index * demands) / args.ranks
     floor = read / args.speed / 1e6
     return {
         "length": round(length),
@@ -121,17 +121,14 @@ def timed(args: argparse.Namespace, requests: engines.Requests, context: int) ->
     }
 
 
-def counted(engine: Any) -> dict[str, float]:
-    """Counters of LSA up to the step before last; empty for stock."""
-    return {} if engine is None else dict(engine.counted())
-
-
-def footprint(engine: Any, shape: Any, length: float, batch: int) -> tuple[float, float, float]:
-    """Device bytes of the live requests' K and V: all there are, those on the device, and the index."""
-    if engine is None:
+def footprint(reports: list[ranks.Report], shape: Any, length: float, batch: int) -> tuple[float, float, float]:
+    """Device bytes of the live requests' K and V on all ranks: all there are, those on the device, and the index."""
+    parts = [report.footprint for report in reports if report.footprint is not None]
+    if not parts:
         whole = batch * length * shape.geometry().token_bytes
         return whole, whole, 0.0
-    return engine.footprint()
+    total, resident, index = (float(sum(values)) for values in zip(*parts, strict=True))
+    return total, resident, index
 
 
 def profile(path: Path, requests: engines.Requests) -> None:
@@ -209,6 +206,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=192, help="decode steps timed per case")
     parser.add_argument("--skip", type=int, default=8, help="decode steps before those")
     parser.add_argument(
+        "--tensor-parallel-size", type=int, default=1, dest="ranks", metavar="N", help="GPUs (default: 1)"
+    )
+    parser.add_argument(
         "--no-prompt-attention",
         action="store_true",
         help="read prompts without attention: the same decode steps, and no prefill times",
@@ -220,6 +220,8 @@ def main() -> None:
         help="write the top kernels and host functions of 20 steps per case there",
     )
     args = parser.parse_args()
+    if args.profile and args.ranks > 1:
+        parser.error("--profile looks at this process, which has no ranks in it with --tensor-parallel-size above 1")
     if args.plot:
         plot(read_rows(args.plot), args.out.with_suffix(".png"))
         return

@@ -1,5 +1,6 @@
 """Engines on several GPUs of one host: how they are started there, and what their workers say of themselves."""
 
+from dataclasses import dataclass
 from typing import Any
 
 ENVIRONMENT = {
@@ -20,3 +21,43 @@ ENVIRONMENT = {
 
 ARGUMENTS: dict[str, Any] = {"disable_custom_all_reduce": True}
 """Of `vllm.LLM`: vLLM's own all-reduce sets up symmetric memory with multicast as well, so NCCL's is used."""
+
+
+@dataclass
+class Report:
+    """Of one rank. counts: counters of LSA up to the step before last, none for stock. footprint: see
+    `TieredEngine.footprint`, None for stock. demands: whether it takes chunks in between selections. device_used:
+    bytes of its GPU in use.
+    """
+
+    counts: dict[str, float]
+    footprint: tuple[int, int, int] | None
+    demands: bool
+    device_used: int
+
+
+def report(worker: Any, wait: bool = False) -> Report:
+    """What a worker says of itself, when its GPU is done if it is to wait for that: for `LLM.collective_rpc`."""
+    import torch
+
+    from benchmarks.engines import lsa_engine
+
+    if wait:
+        torch.cuda.synchronize()
+    engine = lsa_engine()
+    free, total = torch.cuda.mem_get_info()
+    if engine is None:
+        return Report({}, None, False, total - free)
+    return Report(dict(engine.counted()), engine.footprint(), engine.config.demand != "off", total - free)
+
+
+def skip_prompt_attention(worker: Any) -> None:
+    """`engines.skip_prompt_attention` in a worker: for `LLM.collective_rpc`."""
+    from benchmarks import engines
+
+    engines.skip_prompt_attention()
+
+
+def difference(after: list[Report], before: list[Report], name: str) -> float:
+    """By how much a counter grew, mean over ranks: each counts what it does itself."""
+    return sum(a.counts.get(name, 0) - b.counts.get(name, 0) for a, b in zip(after, before, strict=True)) / len(after)

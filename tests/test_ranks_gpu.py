@@ -80,7 +80,7 @@ def test_dense_with_everything_kept_two_ranks_give_what_two_of_stock_vllm_give(m
     blocks = 4 * 2048 // BLOCK
     gib = 2 * blocks * LAYERS_SERVED * (KV_HEADS // 2) * BLOCK * HEAD * 2 * 4 / 2**30  # divided over the ranks
     resident = {**KEEP_ALL, "device_pool_fraction": 1.0, "host_memory_gib": gib}
-    tiny = {**KEEP_ALL, "device_pool_fraction": 0.02, "check": "poison"}
+    tiny = {**KEEP_ALL, "device_pool_fraction": 0.05, "check": "poison"}
     stock, whole, least = side_by_side(
         lambda: dense(tmp_path / "stock", model, 2, None, prompts),
         lambda: dense(tmp_path / "resident", model, 2, resident, prompts, graphs=True),
@@ -89,11 +89,11 @@ def test_dense_with_everything_kept_two_ranks_give_what_two_of_stock_vllm_give(m
     for got in (whole, least):
         check_ranks(got, KV_HEADS // 2)
         assert [rank["device"] for rank in got["ranks"]] == [0, 1]
-        assert got["ranks"][0]["host_blocks"] == blocks and got["counts"]["cycles"] == 0
+        assert got["counts"]["cycles"] == 0
         assert got["prefix_hits"] >= sum(len(prompt) // BLOCK * BLOCK for prompt in alone[-2:])
         for name in prompts:
             assert got[name] == stock[name], name
-    assert 2 * whole["ranks"][0]["host_bytes"] == gib * 2**30
+    assert whole["ranks"][0]["host_blocks"] == blocks and 2 * whole["ranks"][0]["host_bytes"] == gib * 2**30
     assert whole["counts"]["missed"] == whole["counts"]["streamed"] == 0 < least["counts"]["missed"]
 
 
