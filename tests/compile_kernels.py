@@ -72,12 +72,13 @@ def main() -> None:
     from vllm_lsa.memory.geometry import KVGeometry
     from vllm_lsa.ops import encode_rows as encode
     from vllm_lsa.ops import index_logits as index
+    from vllm_lsa.ops import missing_entries as missing
     from vllm_lsa.ops import resident_rows as ops
     from vllm_lsa.ops import score_rows as score
     from vllm_lsa.ops.resident_decode import DecodeConfig, DecodeScratch, resident_decode
 
     # What the wrappers do on a GPU, with tensors that are on the CPU.
-    for name in ("encode", "index_logits", "score", "paged_decode"):
+    for name in ("encode", "index_logits", "missing_entries", "score", "paged_decode"):
         importlib.import_module(f"vllm_lsa.kernels.{name}").INTERPRETED = True
     for dtype, dim, lanes in ((torch.bfloat16, 128, 8), (torch.float32, 80, 1)):
         g = KVGeometry(2, 32, 8, dim, dtype, 16, 16, lanes)
@@ -126,6 +127,10 @@ def main() -> None:
         ):  # fmt: skip
             query, weights = torch.zeros(3, heads, 128).to(dtype), torch.zeros(3, heads)
             index.index_logits(query, weights, pages, table, table[:, 0].contiguous(), torch.zeros(3, 100), fp8)
+    chosen, named = torch.zeros(3, 512, dtype=torch.int32), torch.zeros(2, 3, 10, dtype=torch.int32)
+    pool, store = torch.zeros(4, 37440, dtype=torch.uint8), torch.zeros(2, 2, 37440, dtype=torch.uint8)
+    counts = torch.zeros(2, dtype=torch.int64)
+    missing.read_missing(chosen, named[0, :, 0].contiguous(), table, named, 1, pool, store, chosen.clone(), counts)
     print("compiled", *sorted(compiled))
     sys.exit(len(compiled) < 10)
 

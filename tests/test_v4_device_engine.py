@@ -5,15 +5,17 @@ import pytest
 import torch
 
 from tests.kernels import DEVICE, load
+from tests.v4.pages import DATA_BYTES, SCALE_BYTES, Pages
 from vllm_lsa.config import LsaConfig
 from vllm_lsa.models.deepseek_v4.device_engine import DeepseekV4DeviceEngine, entry_view
 from vllm_lsa.models.deepseek_v4.engine import DeepseekV4Engine
 from vllm_lsa.models.deepseek_v4.geometry import EntryGeometry
+from vllm_lsa.models.deepseek_v4.selection import TOP_K
 from vllm_lsa.models.deepseek_v4.settings import PAGE_TOKENS, for_deepseek_v4
 from vllm_lsa.ops.index_logits import KEY, PAGE_BYTES
 from vllm_lsa.residency.requests import NewRequest, RequestUpdate, StepUpdate
 
-for _name in ("pages", "index_logits"):
+for _name in ("pages", "index_logits", "missing_entries"):
     load(_name)
 
 LAYERS, HEADS, REQUESTS, BLOCKS, TOKENS, LENGTH = 2, 4, 4, 80, 4096, 24 * PAGE_TOKENS
@@ -111,6 +113,76 @@ class Both:
             for layer in range(LAYERS):
                 slots = tables.slots[layer, row, :pages].long()
                 assert torch.equal(pool[slots].cpu(), self.gpu.layer_pages(layer)[blocks.long()])
+
+
+class Exact(Both):
+    """Rows that decode choose from everything. Their sets stay those that both engines chose, since the engine of a CPU
+    is not told of the choices."""
+
+    def __init__(self, config: LsaConfig, slots: int) -> None:
+        super().__init__(config, slots)
+        self.entries = self.pages = self.steps = 0
+
+    def check(self, cpu_plan, gpu_plan) -> None:
+        tables = self.gpu.tables
+        rows = len(gpu_plan.pool_rows)
+        assert gpu_plan.pool_rows == cpu_plan.pool_rows == list(range(rows))
+        # A row behind, as a graph pads a step with, has no entries, whatever stands there.
+        chosen = torch.full((rows + 1, TOP_K), 1 << 20, dtype=torch.int32)
+        for row in range(rows):
+            request = gpu_plan.rows[row].request
+            count, pages = request.length // 4, GEOMETRY.chunks(request.length)
+            assert int(tables.entries[row]) == count == int(cpu_plan.entries[row])
+            assert torch.equal(tables.table[row, :pages].cpu(), torch.from_numpy(request.blocks[:pages]))
+            here = tables.slots[:, row, :pages].cpu() >= 0
+            assert torch.equal(here, cpu_plan.slots[:, row, :pages] >= 0)
+            self.compared += 1
+            self.sparse += not here.all()
+            some = torch.randperm(count, generator=self.generator)[:TOP_K].int()
+            chosen[row] = torch.cat([some, torch.full((TOP_K - len(some),), -1)])
+        self.steps += 1
+        for layer in range(LAYERS if self.steps % 3 == 0 else 0):  # the interpreter takes its time
+            places = self.gpu.read_missing(layer, chosen.to(DEVICE)).cpu()
+            assert (places[rows:] == -1).all()
+            store = self.gpu.layer_pages(layer)
+            for row in range(rows):
+                named, found = chosen[row].long(), places[row].long()
+                assert torch.equal(named < 0, found < 0)
+                named, found = named[named >= 0], found[found >= 0]
+                slots = tables.slots[layer, row].cpu().long()
+                blocks = torch.from_numpy(gpu_plan.rows[row].request.blocks).long()
+                there = entries_of(self.gpu.pool_pages().cpu(), slots[found // 64], found % 64)
+                assert torch.equal(there, entries_of(store, blocks[named // 64], named % 64))
+                missing = slots[named // 64] < 0
+                self.entries += int(missing.sum())
+                self.pages += len((named // 64)[missing].unique())
+
+
+def entries_of(pages: torch.Tensor, page: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
+    """Bytes of entries [n, 584] of pages uint8 [M, page bytes]."""
+    view = Pages.of(pages, 64, DATA_BYTES, SCALE_BYTES)
+    return torch.cat([view.data[page, entry], view.scales[page, entry]], dim=1)
+
+
+@pytest.mark.parametrize("lead, budget", [(2, 0.4), (0, 0.01)])
+def test_exact_finds_everything_that_was_chosen(lead, budget):
+    config = settings(indexer="exact", lead=lead, budget=budget, sink_tokens=256, recency_tokens=256)
+    both = Exact(config, slots=LAYERS * (20 if budget > 0.1 else 7))
+    long, short = both.add(20 * PAGE_TOKENS + 3), both.add(700)
+    both.step({long: 4000})
+    both.step({long: 1123, short: 300})
+    both.step({long: 1, short: 400})
+    for _ in range(14):
+        both.step({long: 1, short: 1})
+    both.step({short: 1}, finished=(long,))
+    assert both.compared > 25 and both.sparse > 12
+    # What was read is counted, and no set has changed for it.
+    counts = both.gpu.counted()
+    assert both.entries > 0 and counts["bytes_streamed"] == both.entries * 584
+    assert counts["chunks_missed"] == both.pages + both.gpu.lookahead.counts.chunks_missed
+    assert counts["cycles"] == both.cpu.counted()["cycles"] >= 3
+    both.gpu.open_step(StepUpdate(finished=list(both.live)))
+    assert both.gpu.pool.num_pinned == 0
 
 
 @pytest.mark.parametrize("lead", (0, 2))

@@ -237,6 +237,10 @@ def test_a_gpu_gets_as_many_blocks_as_store_and_pool_allow(
     found = blocks(host_memory_gib=4096, device_pool_fraction=0.12)
     assert found * (block + 0.12 * page) <= BUDGET < (found + 1) * (block + 0.12 * page) + 1
     assert blocks(host_memory_gib=4096, device_pool_gib=20) == (BUDGET - 20 * GIB) // block
+    # What passes through with exact: eight pages of one layer for each request.
+    staging = 8 * config.scheduler_config.max_num_seqs * page // 21
+    exact = blocks(indexer="exact", host_memory_gib=4096, device_pool_gib=20)
+    assert exact == (BUDGET - staging - 20 * GIB) // block
     assert blocks(host_memory_gib=10) == 10 * GIB // page
     # Four requests of a million tokens, and windows and states of those in a step.
     assert blocks(1000 * GIB) == 4 * 4096 + 2 * CHUNK + 64 * config.scheduler_config.max_num_seqs

@@ -87,6 +87,8 @@ class LsaIndexerCache(IndexKeys, DeepseekV4IndexerCache):
 class LsaAttention(C4Layer, DeepseekV4FlashMLAAttention):
     """A c4 layer whose compressed keys and values are in the engine's two tiers."""
 
+    topk_indices_buffer: torch.Tensor
+
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self._join(vllm_config, LsaIndexerCache)
@@ -128,10 +130,8 @@ class LsaAttention(C4Layer, DeepseekV4FlashMLAAttention):
         if metadata is not None:
             self._note(metadata.plan, hidden_states, index_q, index_weights)
             if index_q is not None and index_weights is not None and not self._keeps_keys:
-                engine = self._engine
-                keys, slots = engine.geometry.key_pages(engine.pool_pages()), engine.tables.slots[self._layer]
-                decode_slots = slots[: metadata.num_decodes]
-                host_keys.score(self, metadata, keys, decode_slots, hidden_states, index_q, index_weights)
+                keys, table = self._engine.decode_keys(self._layer, metadata.num_decodes)
+                host_keys.score(self, metadata, keys, table, hidden_states, index_q, index_weights)
                 self.forward_mqa(*args)
                 return
         super()._sparse_indexer_and_attn(hidden_states, index_q, index_q_scale, index_weights, *args)
@@ -159,7 +159,13 @@ class LsaAttention(C4Layer, DeepseekV4FlashMLAAttention):
         resident = SimpleNamespace(
             block_table=engine.tables.slots[self._layer], block_size=engine.geometry.block_tokens
         )
-        super()._forward_decode(q, engine.pool_entries(), swa_metadata, resident, *args, **kwargs)
+        chosen = self.topk_indices_buffer
+        if engine.exact is not None:
+            self.topk_indices_buffer = engine.read_missing(self._layer, chosen[: swa_metadata.num_decode_tokens])
+        try:
+            super()._forward_decode(q, engine.pool_entries(), swa_metadata, resident, *args, **kwargs)
+        finally:
+            self.topk_indices_buffer = chosen
 
 
 _stock_choice = nvidia_model._select_dsv4_attn_cls

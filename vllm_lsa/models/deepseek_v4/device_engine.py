@@ -3,6 +3,11 @@
 Sets are planned on the host as on a CPU. What differs: copies go by streams, what kernels read lies in buffers of a
 fixed address (`DeviceTables`), so that a CUDA graph can hold a step, and rows of one token all read the pool: a page
 that gets no slot there is left out of its row's table. Prompts read the store through the device's view of it.
+
+With indexer="exact" such rows choose from all of their pages, and a kernel reads the entries that they chose on pages
+without a slot from the store into staging pages of the row. It is the same staging in all layers. A set is chosen for a
+cycle and stays: misses do not change it, so that what is chosen again is read again. At 584 bytes an entry even 512 of
+them in each of 21 layers are 6.3 MB for a row and step, 0.12 ms of a link of 50 GB/s.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,17 +17,18 @@ import torch
 
 from vllm_lsa.attention import logger_once
 from vllm_lsa.config import LsaConfig
+from vllm_lsa.memory.device_counts import DeviceCounts
 from vllm_lsa.memory.device_transfers import DeviceTransfers
 from vllm_lsa.metrics import MetricsWriter
 from vllm_lsa.models.deepseek_v4.device_tables import DeviceTables
 from vllm_lsa.models.deepseek_v4.engine import DeepseekV4Engine, EntryPlan
+from vllm_lsa.models.deepseek_v4.exact import ExactSets
 from vllm_lsa.models.deepseek_v4.geometry import EntryGeometry
 from vllm_lsa.models.deepseek_v4.scorer import PagedScorer
+from vllm_lsa.models.deepseek_v4.selection import FULL_PAGES, TOP_K
+from vllm_lsa.ops.missing_entries import ENTRY_BYTES, read_missing
 from vllm_lsa.residency.lookahead import LookaheadScheduler
 from vllm_lsa.residency.plan import Row
-
-DATA_BYTES = 584
-"""Bytes of an entry in fp8_ds_mla."""
 
 
 class DeepseekV4DeviceEngine(DeepseekV4Engine):
@@ -46,8 +52,17 @@ class DeepseekV4DeviceEngine(DeepseekV4Engine):
         """max_tokens: of a step. max_length: tokens of a request. heads: of the native indexer."""
         super().__init__(config, geometry, num_slots, max_requests, metrics, scorer, device)
         self.queries.allocate(heads)
-        width = geometry.chunks(max_length)
-        self.tables = DeviceTables(geometry, max_requests, width, max_tokens, device)
+        width, exact = geometry.chunks(max_length), config.indexer == "exact"
+        staging = self.pool.staging if exact else None
+        self.tables = DeviceTables(geometry, max_requests, width, max_tokens, device, staging)
+        self._places = torch.full((max_requests if exact else 0, TOP_K), -1, dtype=torch.int32, device=device)
+        # Entries read from the store because they had no slot, and pages that they are on.
+        self._missing = DeviceCounts(2, device)
+
+    @staticmethod
+    def staging_pages(max_requests: int) -> int:
+        """Pages beside the pool's slots for what passes through: all that the rows of a step choose in one layer."""
+        return max_requests * FULL_PAGES
 
     def _attach_lookahead(self) -> None:
         assert self.store is not None
@@ -56,6 +71,8 @@ class DeepseekV4DeviceEngine(DeepseekV4Engine):
             self.config, self.geometry, self.pool, self.transfers, self._select, self._max_requests, demands=False,
             single_prompt_tokens=True,
         )  # fmt: skip
+        if self.config.indexer == "exact":
+            self.exact = ExactSets(self.config, self.geometry, self.lookahead)
 
     def attach(
         self,
@@ -88,6 +105,8 @@ class DeepseekV4DeviceEngine(DeepseekV4Engine):
         blocks, slots, entries = super()._held(row)
         if slots is None:
             return blocks[:0], None, entries  # a prompt, which needs no table
+        if self.exact is not None:
+            return blocks, slots, entries
         lacking = np.any(slots < 0, axis=0)
         if not lacking.any():
             return blocks, slots, entries
@@ -105,6 +124,37 @@ class DeepseekV4DeviceEngine(DeepseekV4Engine):
         """Repeat in the pool the first `pages` pages that the step has written. Fit for a CUDA graph."""
         tables = self.tables
         self.transfers.write_pages(tables.written_page[layer, :pages], tables.written_slot[layer, :pages])
+
+    def read_missing(self, layer: int, chosen: torch.Tensor) -> torch.Tensor:
+        """With indexer="exact": make all that rows chose readable in the pool. Fit for a CUDA graph.
+
+        chosen: int32 [n, 512], entries of each row's history, -1 for none. Returns where they are in the rows of
+        `tables.slots`, int32 [n, 512], a buffer that the next call overwrites, as it does the staging pages.
+        """
+        assert self.store is not None
+        places, tables = self._places[: len(chosen)], self.tables
+        store = self.store.pages.view(self.store.num_blocks, self.geometry.num_layers, -1)
+        read_missing(
+            chosen, tables.entries.squeeze(1), tables.table, tables.slots, layer, self.pool_pages(), store, places,
+            self._missing.on_device,
+        )  # fmt: skip
+        return places
+
+    def decode_keys(self, layer: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the first `rows` rows, of one token each, find the index keys of a layer whose keys are in our pages:
+        the keys uint8 [n, entries, 132] and a table int32 [rows, W] of them. Resident pages have them in the pool; what
+        is exact is shown all pages, whose keys it reads from the store."""
+        if self.exact is not None:
+            return self.store_keys(layer), self.tables.table[:rows]
+        return self.geometry.key_pages(self.pool_pages()), self.tables.slots[layer, :rows]
+
+    def counted(self) -> dict[str, float]:
+        """As in the base class; what passes through is known a step or two later."""
+        counts = super().counted()
+        entries, pages = self._missing.read()
+        counts["bytes_streamed"] += entries * ENTRY_BYTES
+        counts["chunks_missed"] += pages
+        return counts
 
     def note_on_device(
         self, layer: int, rows: int, hidden: torch.Tensor, q: torch.Tensor | None, w: torch.Tensor | None
@@ -124,4 +174,4 @@ class DeepseekV4DeviceEngine(DeepseekV4Engine):
 
 def entry_view(pages: torch.Tensor, entries: int) -> torch.Tensor:
     """Pages uint8 [n, page bytes], in any stride, as [n, entries, 584]."""
-    return pages[:, : entries * DATA_BYTES].unflatten(1, (entries, DATA_BYTES))
+    return pages[:, : entries * ENTRY_BYTES].unflatten(1, (entries, ENTRY_BYTES))

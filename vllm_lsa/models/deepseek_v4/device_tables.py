@@ -12,14 +12,23 @@ class DeviceTables:
     """Of L c4 layers, at most B rows that decode, W pages of a row, M pages that a step writes to.
 
     table: int32 [B, W], blocks of index keys that each row chooses from, in order. entries: int32 [B, 1], entries
-    there, 0 for rows that no request has. slots: int32 [L, B, W], their pages' slots in the pool. written_page: int64
+    there, 0 for rows that no request has. slots: int32 [L, B, W], their pages' slots in the pool; with S staging pages
+    for each row int32 [L, B, W + S], these behind, and -1 before for what is not resident. written_page: int64
     [L, M] and written_slot: int32 [L, M], pages of the host store to repeat in the pool, -1 for none. last_token,
     last_row: int64 [B], last token of each row of the batch, prompts included, and its row in the buffers of queries;
     row B takes what has no request.
     """
 
-    def __init__(self, geometry: EntryGeometry, rows: int, width: int, most_tokens: int, device: torch.device) -> None:
-        """width: pages of the longest request. most_tokens: of a step."""
+    def __init__(
+        self,
+        geometry: EntryGeometry,
+        rows: int,
+        width: int,
+        most_tokens: int,
+        device: torch.device,
+        staging: np.ndarray | None = None,
+    ) -> None:
+        """width: pages of the longest request. most_tokens: of a step. staging: int64 [B * S], pages of the pool."""
         layers, most = geometry.num_layers, most_tokens // geometry.block_tokens + 2 * rows
         self.rows = rows
 
@@ -28,7 +37,9 @@ class DeviceTables:
 
         self.table = full(0, rows, width)
         self.entries = full(0, rows, 1)
-        self.slots = full(0, layers, rows, width)
+        behind = np.empty((rows, 0)) if staging is None else staging.reshape(rows, -1)
+        self.slots = full(0, layers, rows, width + behind.shape[1])
+        self.slots[:, :, width:] = torch.from_numpy(behind.astype(np.int32)).to(device)
         self.written_page = full(0, layers, most, dtype=torch.int64)
         self.written_slot = full(-1, layers, most)
         self.last_token = full(0, rows, dtype=torch.int64)

@@ -17,7 +17,7 @@ from vllm_lsa.attention import logger_once
 from vllm_lsa.config import LsaConfig
 from vllm_lsa.memory.transfers import Transfers
 from vllm_lsa.metrics import MetricsWriter
-from vllm_lsa.models.deepseek_v4.exact import ExactReads
+from vllm_lsa.models.deepseek_v4.exact import ExactReads, ExactSets
 from vllm_lsa.models.deepseek_v4.geometry import EntryGeometry
 from vllm_lsa.models.deepseek_v4.memory_indexer import threshold_of
 from vllm_lsa.models.deepseek_v4.native import LastHidden, LastQueries
@@ -85,9 +85,8 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
         device: torch.device = _CPU,
     ) -> None:
         """scorer: the memory indexer, on `device`, if `config.indexer` names one."""
-        self.exact: ExactReads | None = None
-        # A row reads from at most so many pages, which may all pass through.
-        staging = TOP_K if config.indexer == "exact" else 0
+        self.exact: ExactSets | None = None
+        staging = self.staging_pages(max_requests) if config.indexer == "exact" else 0
         super().__init__(config, geometry, num_slots, staging, max_requests, device, metrics)
         # One row more: rows of a CUDA graph that no request has note there.
         self.queries = LastQueries(max_requests + 1, geometry.num_layers, device)
@@ -99,6 +98,11 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
         by_model = scorer is not None or config.indexer in ("native", "exact")
         self._policy = None if by_model else make_policy(config.indexer, 0, 0, geometry.dtype)
         self._keys: list[torch.Tensor] = []
+
+    @staticmethod
+    def staging_pages(max_requests: int) -> int:
+        """Pages beside the pool's slots for what passes through: one row reads from at most so many."""
+        return TOP_K
 
     def attach(self, num_blocks: int, cells: Sequence[torch.Tensor | None]) -> None:
         """cells: index keys of each c4 layer, uint8 [num_blocks, entries, 132] in any stride between blocks, or None
@@ -228,15 +232,17 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
 
         chosen: int32 [t or more, 512], places in the table, -1 for none.
         """
-        pool = self.geometry.entry_pages(self.pool_pages())
-        lacking = {} if self.exact is None else {i: self._bring(plan, layer, i, chosen) for i in plan.pool_rows}
+        pool, exact = self.geometry.entry_pages(self.pool_pages()), self.exact
+        lacking: dict[int, np.ndarray] = {}
+        if isinstance(exact, ExactReads):
+            lacking = {i: self._bring(exact, plan, layer, i, chosen) for i in plan.pool_rows}
         rows = [i for i in plan.pool_rows if not len(lacking.get(i, ()))]
         if rows:
             yield self._read(plan, rows, plan.slots[layer], pool)
         for i, pages in lacking.items():
-            if self.exact is not None and len(pages):
+            if isinstance(exact, ExactReads) and len(pages):
                 table = plan.slots[layer].clone()
-                staged = self.exact.pass_through(plan.rows[i].request, layer, pages)
+                staged = exact.pass_through(plan.rows[i].request, layer, pages)
                 table[i, torch.from_numpy(pages)] = torch.from_numpy(staged)
                 yield self._read(plan, [i], table, pool)
         if plan.host_rows:
@@ -245,11 +251,10 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
             store = self.geometry.entry_pages(self.layer_pages(layer))
             yield self._read(plan, plan.host_rows, plan.table.long(), store)
 
-    def _bring(self, plan: EntryPlan, layer: int, i: int, chosen: torch.Tensor) -> np.ndarray:
+    def _bring(self, exact: ExactReads, plan: EntryPlan, layer: int, i: int, chosen: torch.Tensor) -> np.ndarray:
         """Bring what a row chose into the pool. Returns the places int64 [m] of the table that still have no slot."""
-        assert self.exact is not None
         row = plan.rows[i]
-        slots, lacking = self.exact.bring(row.request, layer, chosen[row.start].numpy())
+        slots, lacking = exact.bring(row.request, layer, chosen[row.start].numpy())
         plan.slots[layer, i, : len(slots)] = torch.from_numpy(slots)
         return lacking
 
@@ -334,7 +339,7 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
 
     def counted(self) -> dict[str, float]:
         counts = asdict(self.transfers.counts) | asdict(self.lookahead.counts)
-        if self.exact is not None:
+        if isinstance(self.exact, ExactReads):
             counts["chunks_demanded"] = self.exact.chunks_demanded
             counts["chunks_missed"] += self.exact.chunks_missed
         return counts

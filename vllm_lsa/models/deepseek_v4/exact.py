@@ -1,7 +1,9 @@
 """The exact policy: the native indexer chooses from the whole history, whose index keys are on the device anyway.
 
-What it chose and is not resident is read in the same step, into the slot of the page that was chosen least lately.
-So the result is stock's whatever the budget, which makes it the upper bound of what a memory indexer can reach.
+What it chose and is not resident is read in the same step: on a CPU as pages, into the slot of the page that was chosen
+least lately (`ExactReads`); on a CUDA device as entries, which pass through (`ops.missing_entries`), so that the host
+decides nothing within a step. So the result is stock's whatever the budget, which makes it the upper bound of what a
+memory indexer can reach.
 """
 
 import numpy as np
@@ -19,8 +21,38 @@ from vllm_lsa.residency.selection import select
 from vllm_lsa.residency.take_in import take_in
 
 
-class ExactReads:
-    """Sets of one layer each, which a step's own choice changes. Usage of a page: its share of the entries chosen."""
+class ExactSets:
+    """Sets of one layer each, as cycles begin with them."""
+
+    def __init__(self, config: LsaConfig, geometry: EntryGeometry, lookahead: LookaheadScheduler) -> None:
+        self._config = config
+        self._geometry = geometry
+        self._lookahead = lookahead
+
+    def select(self, scores: torch.Tensor, num_chunks: int, budget_chunks: np.ndarray) -> np.ndarray:
+        """The full pages that a cycle begins with, bool [L, num_chunks], by layer. scores: fp32 [L, entries]."""
+        g = self._geometry
+        chosen = select(
+            scores[:, : num_chunks * g.entries].reshape(g.num_layers, num_chunks, g.entries).amax(-1),
+            budget_chunks=torch.from_numpy(budget_chunks),
+            threshold=self._config.threshold,
+            sink_chunks=self._config.sink_chunks,
+            recency_chunks=self._config.recency_chunks,
+            shared=False,
+            mode=self._config.mode,
+        )
+        return chosen.cpu().numpy()
+
+    def slots(self, request: Request, layer: int) -> np.ndarray:
+        """Slot of each of a request's pages in a layer, int64 [chunks], -1 for what is not resident."""
+        chunks, slots = self._lookahead.resident(request).lane(layer)
+        found = np.full(self._geometry.chunks(request.length), -1, np.int64)
+        found[chunks] = slots
+        return found
+
+
+class ExactReads(ExactSets):
+    """Sets that a step's own choice changes. Usage of a page: its share of the entries chosen."""
 
     def __init__(
         self,
@@ -30,34 +62,12 @@ class ExactReads:
         transfers: Transfers,
         lookahead: LookaheadScheduler,
     ) -> None:
-        self._config = config
-        self._geometry = geometry
+        super().__init__(config, geometry, lookahead)
         self._pool = pool
         self._transfers = transfers
-        self._lookahead = lookahead
         self._replacement = Replacement(TOP_K, 0.0, config.sink_chunks, config.recency_chunks)
         self.chunks_demanded = 0
         self.chunks_missed = 0
-
-    def select(self, scores: torch.Tensor, num_chunks: int, budget_chunks: np.ndarray) -> np.ndarray:
-        """The full pages that a cycle begins with, bool [L, num_chunks], by layer. scores: fp32 [L, entries]."""
-        g = self._geometry
-        return select(
-            scores[:, : num_chunks * g.entries].reshape(g.num_layers, num_chunks, g.entries).amax(-1),
-            budget_chunks=torch.from_numpy(budget_chunks),
-            threshold=self._config.threshold,
-            sink_chunks=self._config.sink_chunks,
-            recency_chunks=self._config.recency_chunks,
-            shared=False,
-            mode=self._config.mode,
-        ).numpy()
-
-    def slots(self, request: Request, layer: int) -> np.ndarray:
-        """Slot of each of a request's pages in a layer, int64 [chunks], -1 for what is not resident."""
-        chunks, slots = self._lookahead.resident(request).lane(layer)
-        found = np.full(self._geometry.chunks(request.length), -1, np.int64)
-        found[chunks] = slots
-        return found
 
     def bring(self, request: Request, layer: int, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Make resident what a step reads, as far as the budget goes.

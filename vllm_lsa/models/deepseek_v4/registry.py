@@ -36,7 +36,6 @@ def check(vllm_config: VllmConfig) -> LsaConfig:
             f"DeepSeek-V4 with LSA runs on CPU and CUDA devices: serve it with another --attention-backend on {device}"
         )
     refusals = {
-        f"lsa.indexer={config.indexer!r} on a CUDA device is": device == "cuda" and config.indexer == "exact",
         "an index cache in mxfp4 is": vllm_config.attention_config.resolve_indexer_kv_dtype("fp8") != "fp8",
         f"architectures {model.architectures} are": list(model.architectures) != [ARCHITECTURE],
         f"index_topk={getattr(model.hf_config, 'index_topk', None)} (other than {TOP_K}) is": getattr(
@@ -53,6 +52,7 @@ def check(vllm_config: VllmConfig) -> LsaConfig:
             raise LsaError(f"DeepSeek-V4 with LSA: {what} not supported yet: use another --attention-backend")
     load_scorer(config, model)
     for what, chosen in (
+        (f"lsa.indexer={config.indexer!r}", config.indexer == "exact"),
         (f"lsa.index_keys={config.index_keys!r}", config.index_keys == "host"),
         (f"--tensor-parallel-size {parallel.tensor_parallel_size}", parallel.tensor_parallel_size > 1),
     ):

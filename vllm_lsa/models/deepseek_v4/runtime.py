@@ -89,6 +89,9 @@ class DeepseekV4Runtime(Runtime):
         blocks = self._host_blocks(on_host)
         if self.vllm_config.cache_config.kv_cache_memory_bytes is None:
             fixed, share = self.config.pool_size()
+            if self.config.indexer == "exact":
+                pages = DeepseekV4DeviceEngine.staging_pages(self.vllm_config.scheduler_config.max_num_seqs)
+                available -= pages * on_host // len(self._attentions)
             blocks = min(blocks, int((available - fixed * GIB) / (on_device + share * on_host)))
         return min(available, max(0, blocks) * on_device)
 
