@@ -12,8 +12,11 @@ ENVIRONMENT = {
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
     "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
     "VLLM_USE_NCCL_SYMM_MEM": "0",
+    # One host, which need not have a network.
+    "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
     # Ranks that wait for one another are a failure soon, not after five minutes.
-    "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "120",
+    "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "90",
     # As `vllm serve` starts its workers.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }

@@ -112,11 +112,12 @@ CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 def generate(
     folder: Path, model: Path, ranks: int, prompts: dict[str, list[list[int]]], lsa: dict[str, Any] | None,
-    env: Mapping[str, str] = CPU, **more: Any,
+    env: Mapping[str, str] = CPU, limit: float = 400, **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What an engine answers, with the sets of its ranks; of stock vLLM if there are no settings for LSA.
 
-    prompts: by scenario; the prompts of "together" and "next" make one batch each. more: arguments of `vllm.LLM`.
+    prompts: by scenario; the prompts of "together" and "next" make one batch each. limit: seconds. more: arguments of
+    `vllm.LLM`.
     """
     llm: dict[str, Any] = {
         "model": str(model),
@@ -134,7 +135,7 @@ def generate(
         for name, of in prompts.items()
     ]
     spec = {"llm": llm, "scenarios": scenarios, "trace": lsa is not None}
-    return run_module("tests.generate", spec, folder, 400, env)
+    return run_module("tests.generate", spec, folder, limit, env)
 
 
 def check_ranks(got: dict[str, Any], kv_heads: int) -> None:
