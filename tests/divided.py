@@ -4,14 +4,19 @@ import dataclasses
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from tests import test_engine as simulated
+from vllm_lsa.config import LsaConfig
 from vllm_lsa.host_engine import HostEngine
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.residency.peers import Peers
+
+Sets = dict[tuple[int, str], set[int]]
+"""By lane and request."""
 
 
 class Comparison(simulated.Simulation):
@@ -29,7 +34,7 @@ class Comparison(simulated.Simulation):
 
     def trace(self, lane, request, chunks):
         super().trace(lane, request, chunks)
-        self.engine.sets[lane, request.id] = set(chunks.tolist())
+        self.engine.chosen[lane, request.id] = set(chunks.tolist())
 
     def leak_check(self) -> None:
         super().leak_check()
@@ -41,8 +46,8 @@ class Divided:
 
     def __init__(self, simulation: Comparison, geometry: KVGeometry, slots: int) -> None:
         config, self.ranks, self.same_sets = simulation.config, simulation.ranks, simulation.same_sets
-        self.whole = HostEngine(config, geometry, simulated.SCALE, slots, 32, simulation.device)
-        self.sets: dict[tuple[int, str], set[int]] = {}
+        self.whole = self.make(config, geometry, slots, simulation.device)
+        self.chosen: Sets = {}
         heads = max(1, geometry.num_kv_heads // self.ranks)
         self.parts = []
         for rank in range(self.ranks):
@@ -51,7 +56,7 @@ class Divided:
                 layer_lanes=config.layer_lanes(heads), rank=rank, ranks=self.ranks,
             )  # fmt: skip
             room = slots * own.num_lanes // geometry.num_lanes
-            self.parts.append(HostEngine(config, own, simulated.SCALE, room, 32, simulation.device))
+            self.parts.append(self.make(config, own, room, simulation.device))
         self.gathers = 0
         self._given: list[Any] = [None] * self.ranks
         # A rank that does not come is a disagreement: fail instead of waiting.
@@ -62,21 +67,40 @@ class Divided:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.whole, name)
 
+    @staticmethod
+    def make(config: LsaConfig, geometry: KVGeometry, slots: int, device: torch.device) -> Any:
+        return HostEngine(config, geometry, simulated.SCALE, slots, 32, device)
+
+    @staticmethod
+    def watch(part: Any, sets: Sets) -> None:
+        """From here on put what a rank's decodes attend to there."""
+        part.attention.tracer = lambda lane, request, chunks: sets.update({(lane, request.id): set(chunks.tolist())})
+
+    def turn(self) -> AbstractContextManager[Any]:
+        """What a rank does outside exchanges it does in here."""
+        return nullcontext()
+
+    def aside(self) -> AbstractContextManager[Any]:
+        """What a rank waits for in an exchange it waits for in here."""
+        return nullcontext()
+
     def _gather(self, rank: int) -> Callable[[torch.Tensor], torch.Tensor]:
         def gather(x: torch.Tensor) -> torch.Tensor:
             self.gathers += rank == 0
             self._given[rank] = x
-            self._barrier.wait()
-            every = torch.stack(self._given)
-            self._barrier.wait()
+            with self.aside():
+                self._barrier.wait()
+                every = torch.stack(self._given)
+                self._barrier.wait()
             return every
 
         return gather
 
-    def _on_ranks(self, call: Callable[[int, HostEngine], Any]) -> list[Any]:
+    def _on_ranks(self, call: Callable[[int, Any], Any]) -> list[Any]:
         def one(rank: int) -> Any:
             try:
-                return call(rank, self.parts[rank])
+                with self.turn():
+                    return call(rank, self.parts[rank])
             except BaseException:
                 self._barrier.abort()
                 raise
@@ -110,19 +134,17 @@ class Divided:
     def attend(
         self, plan: Any, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
     ) -> None:
-        self.sets.clear()
+        self.chosen.clear()
         self.whole.attend(plan, layer, q, k, v, out)
         lanes = self.whole.geometry.layer_lanes
 
-        def attend(rank: int, part: HostEngine) -> None:
+        def attend(rank: int, part: Any) -> None:
             g = part.geometry
             mine = slice(rank * g.num_q_heads, (rank + 1) * g.num_q_heads)
             first = rank * self.whole.geometry.num_kv_heads // self.ranks
             kv = slice(first, first + g.num_kv_heads)
-            sets: dict[tuple[int, str], set[int]] = {}
-            part.attention.tracer = lambda lane, request, chunks: sets.update(
-                {(lane, request.id): set(chunks.tolist())}
-            )
+            sets: Sets = {}
+            self.watch(part, sets)
             result = torch.full_like(out[:, mine], float("nan"))
             part.attend(self._plans[rank], layer, *(x.contiguous() for x in (q[:, mine], k[:, kv], v[:, kv])), result)
             assert not result.isnan().any()
@@ -130,7 +152,7 @@ class Divided:
                 return
             for (lane, name), chunks in sets.items():
                 head = lane - layer * g.layer_lanes + (first if lanes > 1 else 0)
-                assert chunks == self.sets[layer * lanes + head, name], (rank, lane, name)
+                assert chunks == self.chosen[layer * lanes + head, name], (rank, lane, name)
             torch.testing.assert_close(result, out[:, mine], atol=1e-5, rtol=1e-4)
 
         self._on_ranks(attend)
