@@ -1,4 +1,5 @@
-"""`python -m tests.compile_kernels`: compile every Triton kernel for Hopper without a GPU, as the wrappers launch it.
+"""`python -m tests.compile_kernels`: compile every Triton kernel for Hopper without a GPU, as the wrappers launch it;
+with pages of e4m3, which Ampere reads by its bits, for that as well.
 
 The interpreter takes what the compiler refuses, such as a variable that changes its shape in a loop.
 """
@@ -23,10 +24,11 @@ import vllm_lsa.ops.early as launches
 
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
-    torch.uint8: "u8",
+    torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 compiled: set[str] = set()
+capability = 90
 
 
 def launch(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
@@ -50,7 +52,7 @@ def launch(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     rounded = re.findall(r"tt.dot .*inputPrecision = tf32 :.*xf32>", done.asm["ttir"])
     assert not rounded, f"{kernel.__name__} rounds fp32 to TF32: {rounded[0]}"
     compiled.add(f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}")
@@ -65,7 +67,7 @@ class Launcher:
 
 
 def main() -> None:
-    launches.early = lambda device: {"EARLY": True, "launch_pdl": True}  # before others import it
+    launches.early = lambda device: dict.fromkeys(("EARLY", "launch_pdl"), capability >= 90)  # before others import it
     JITFunction.__getitem__ = lambda self, grid: Launcher(self)  # type: ignore[assignment]
     from tests.device_state import State
     from vllm_lsa.device.state import DeviceRefresh, DeviceTails
@@ -73,17 +75,25 @@ def main() -> None:
     from vllm_lsa.ops import encode_rows as encode
     from vllm_lsa.ops import index_logits as index
     from vllm_lsa.ops import missing_entries as missing
+    from vllm_lsa.ops import resident_decode as decode
     from vllm_lsa.ops import resident_rows as ops
     from vllm_lsa.ops import score_rows as score
-    from vllm_lsa.ops.resident_decode import DecodeConfig, DecodeScratch, resident_decode
+    from vllm_lsa.ops.resident_decode import DecodeConfig, DecodeScratch
 
     # What the wrappers do on a GPU, with tensors that are on the CPU.
     for name in ("encode", "index_logits", "missing_entries", "score", "paged_decode"):
         importlib.import_module(f"vllm_lsa.kernels.{name}").INTERPRETED = True
-    for dtype, dim, lanes in ((torch.bfloat16, 128, 8), (torch.float32, 80, 1)):
-        g = KVGeometry(2, 32, 8, dim, dtype, 16, 16, lanes)
+    global capability
+    decode.has_e4m3 = lambda device: capability >= 89
+    bf16, fp32, e4m3 = torch.bfloat16, torch.float32, torch.uint8
+    for dtype, pages_dtype, dim, lanes, target in (
+        (bf16, bf16, 128, 8, 90), (fp32, fp32, 80, 1, 90), (bf16, e4m3, 128, 8, 90), (bf16, e4m3, 64, 1, 80),
+        (fp32, e4m3, 80, 1, 80), (torch.float16, e4m3, 256, 1, 80),
+    ):  # fmt: skip
+        capability = target
+        g = KVGeometry(2, 32, 8, dim, pages_dtype, 16, 16, lanes, model_dtype=dtype)
         s = State(g, [200, 0, 90], [True, False, False])
-        pool, host = s.pools(dtype)
+        pool, host = s.pools(g.dtype)
         q = torch.zeros(3, 32, dim, dtype=dtype)
         k = torch.zeros(3, 8, dim, dtype=dtype)
         queries = torch.zeros(3, 2, 32, dim, dtype=dtype)
@@ -116,7 +126,8 @@ def main() -> None:
         for splits in (1, 4):
             config = dataclasses.replace(DecodeConfig.default(g), splits=splits)
             room = DecodeScratch.empty(3, g, 1024, torch.device("cpu"), config)
-            resident_decode(q, pool, host, s.rows, s.slot_of, s.sets, 1, g, 0.1, torch.zeros_like(q), room)
+            decode.resident_decode(q, pool, host, s.rows, s.slot_of, s.sets, 1, g, 0.1, torch.zeros_like(q), room)
+    capability = 90
     pages, table = torch.zeros(2, 8640, dtype=torch.uint8)[:, : index.PAGE_BYTES], torch.zeros(3, 2, dtype=torch.int32)
     for native in (True, False):
         index.has_e4m3 = lambda device, native=native: native

@@ -108,10 +108,11 @@ class State:
         return (block * g.num_lanes + lane) * g.chunks_per_block + chunks % g.chunks_per_block
 
     def pools(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pool and host store, all NaN."""
+        """Pool and host store, all NaN, which is 0xFF in e4m3 bytes."""
         shape = self.geometry.page_shape
-        pool = torch.full((self.num_slots, *shape), float("nan"), dtype=dtype, device=DEVICE)
-        host = torch.full((self.num_pages, *shape), float("nan"), dtype=dtype)
+        nan = float("nan") if dtype.is_floating_point else 0xFF
+        pool = torch.full((self.num_slots, *shape), nan, dtype=dtype, device=DEVICE)
+        host = torch.full((self.num_pages, *shape), nan, dtype=dtype)
         return pool, host.pin_memory() if DEVICE.type == "cuda" else host
 
     def read_lane(self, row: int, lane: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from tests import tiny_models
 from tests.cli import Ended, run_forked, run_programs
@@ -75,7 +76,13 @@ CASES = {
         ["--kv-transfer-config", '{"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}'], "OffloadingConnector"
     ),
     "kv-offloading": option(["--kv-offloading-size", "1"], "1"),
-    "quantised-kv": Case(["--kv-cache-dtype", "fp8"], ["--kv-cache-dtype fp8", "use auto"]),
+    "fp8-on-a-cpu": Case(["--kv-cache-dtype", "fp8"], ["--kv-cache-dtype fp8", "no fp8 on a CPU", "use auto"]),
+    "quantised-kv": Case(["--kv-cache-dtype", "fp8_e5m2"], ["--kv-cache-dtype fp8_e5m2", "use auto or fp8"]),
+    "another-cache-dtype": Case(
+        ["--kv-cache-dtype", "float16", "--dtype", "bfloat16"],
+        ["--kv-cache-dtype float16", "torch.bfloat16", "use auto or fp8"],
+    ),
+    "layers-in-another-dtype": option(["--kv-cache-dtype-skip-layers", "3"], "3"),
     "sliding-window": model("mistral_window", "sliding-window attention"),
     "soft-capping": model("gemma2_softcap", "soft-capping"),
     "attention-sinks": model("gpt_oss_sinks", "attention sinks"),
@@ -158,6 +165,24 @@ def accepted(folder: Path, **arguments: Any) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
     return EngineArgs(str(folder), attention_backend="LSA", **arguments).create_engine_config()
+
+
+def test_fp8_is_taken_on_a_gpu_and_counted_in_bytes(tmp_path):
+    from vllm_lsa.plugin import validate
+
+    settings = {"lsa": {"host_memory_gib": 0.25}}
+    folder = tiny_models.write("qwen2_unused_window", tmp_path)
+    config = accepted(folder, additional_config=settings, kv_cache_dtype="bfloat16", dtype="bfloat16")
+    before = validate.geometry_of(config, validate.check(config))
+    # As on a machine with a GPU.
+    config.device_config.device_type, config.cache_config.cache_dtype = "cuda", "fp8"
+    lsa = validate.check(config)
+    half = validate.geometry_of(config, lsa)
+    assert before.dtype == before.compute_dtype == half.compute_dtype == torch.bfloat16 and half.quantised
+    assert before.page_bytes == 2 * half.page_bytes
+    blocks = validate.host_blocks(config, lsa, half)
+    assert blocks - 2 * validate.host_blocks(config, lsa, before) in (0, 1)
+    assert blocks * half.block_bytes <= 2**28 < (blocks + 1) * half.block_bytes
 
 
 def test_a_window_that_the_model_does_not_use_is_no_reason(tmp_path):

@@ -13,6 +13,8 @@ from vllm_lsa.device.engine import DeviceEngine
 from vllm_lsa.device.state import PAGE
 from vllm_lsa.engine import LsaEngine
 from vllm_lsa.errors import LsaError
+from vllm_lsa.ops.e4m3 import KVScales, quantise, unscaled
+from vllm_lsa.ops.native import gather_cells
 
 for _name in ("write", "demand", "pages", "encode", "score", "paged_decode"):
     load(_name)
@@ -74,6 +76,26 @@ class DeviceSimulation(Simulation):
         assert sorted(control._free_pages) == list(range(len(sets.chunk)))
 
 
+class QuantisedSimulation(DeviceSimulation):
+    """Pages of e4m3, for a model in fp32. The larger keys of the middle layer saturate."""
+
+    scales = (KVScales(), KVScales(1 / 150, 0.01), KVScales(0.3, 1.9))
+
+    def geometry(self):
+        return replace(super().geometry(), dtype=torch.uint8, model_dtype=torch.float32)
+
+    def make_engine(self, geometry, slots):
+        engine = super().make_engine(geometry, slots)
+        engine.kv_scales = list(self.scales)
+        return engine
+
+    def stored(self, layer, k, v):
+        return tuple(
+            unscaled(quantise(x, scale), torch.float32) * scale
+            for x, scale in zip((k, v), self.scales[layer], strict=True)
+        )
+
+
 def cases(*every: tuple, interpreted: int) -> list[tuple]:
     """All of them on a GPU, the first few in the interpreter."""
     return list(every) if DEVICE.type == "cuda" else list(every[:interpreted])
@@ -94,17 +116,42 @@ def test_attention_equals_plain_attention_over_the_same_sets(indexer, demand):
 
 
 @pytest.mark.parametrize(
-    "demand, lookahead, sets",
+    "indexer, demand",
+    cases(("mean_key", "mean_key"), ("usage", "mean_key"), ("recency", "off"), ("keep_all", "off"), interpreted=1),
+)
+def test_pages_of_e4m3_are_attended_to_and_indexed_as_they_are_stored(indexer, demand):
+    settings = config(indexer=indexer, demand=demand, budget=0.2)
+    simulation = QuantisedSimulation(settings, slots=LAYERS * HKV * 40)
+    drive(simulation)
+    assert simulation.decodes > 100 and (indexer == "keep_all" or simulation.sparse_decodes > 30)
+    engine, g = simulation.engine, simulation.engine.geometry
+    assert g.page_bytes == 2 * CHUNK * DIM and engine.store.pages.nbytes == 60 * g.block_bytes
+    for name, state in simulation.live.items():
+        # Cells are of the keys that are stored, whether a prompt filled the chunk, in one step or two, or decoding did.
+        for layer, cells in enumerate(engine._cells if "mean_key" in (indexer, demand) else ()):
+            positions = np.arange(state["computed"] // CHUNK * CHUNK)
+            keys = simulation.stored(layer, *simulation.kv(layer, positions, name))[0]
+            got = gather_cells(cells.cpu(), torch.tensor(state["blocks"]), len(positions) // CHUNK)
+            means = got[..., : 4 * DIM].contiguous().view(torch.float32)
+            torch.testing.assert_close(means, keys.unflatten(0, (-1, CHUNK)).mean(1), rtol=1e-5, atol=1e-6)
+    simulation.leak_check()
+
+
+@pytest.mark.parametrize(
+    "demand, lookahead, sets, kind",
     cases(
-        ("product", "indexer", "per_head"), ("product", "usage", "per_layer"), ("off", "indexer", "shared"),
-        ("product", "usage", "per_head"), ("product", "indexer", "per_layer"), ("product", "indexer", "shared"),
-        ("off", "indexer", "per_head"), ("off", "indexer", "per_layer"), interpreted=3,
+        ("product", "indexer", "per_head", DeviceSimulation), ("product", "usage", "per_layer", QuantisedSimulation),
+        ("off", "indexer", "shared", DeviceSimulation), ("product", "usage", "per_layer", DeviceSimulation),
+        ("product", "usage", "per_head", DeviceSimulation), ("product", "indexer", "per_layer", DeviceSimulation),
+        ("product", "indexer", "shared", DeviceSimulation), ("off", "indexer", "per_head", DeviceSimulation),
+        ("off", "indexer", "per_layer", DeviceSimulation), ("product", "indexer", "per_head", QuantisedSimulation),
+        interpreted=3,
     ),
 )  # fmt: skip
-def test_a_trained_checkpoint_serves(tmp_path, sets, demand, lookahead):
+def test_a_trained_checkpoint_serves(tmp_path, sets, demand, lookahead, kind):
     folder = random_checkpoint.write(tmp_path, LAYERS, HQ, HKV, DIM, CHUNK, scorers=(0, 2), weights=(0.4, 1.6, 1.0))
     settings = config(indexer=str(folder), demand=demand, lookahead=lookahead, sets=sets, budget=0.3, demand_chunks=2)
-    simulation = DeviceSimulation(settings, slots=LAYERS * 45 * settings.layer_lanes(HKV), seed=5)
+    simulation = kind(settings, slots=LAYERS * 45 * settings.layer_lanes(HKV), seed=5)
     drive(simulation)
     assert simulation.sparse_decodes > 30
     assert (int(simulation.engine._wanted.demanded) > 0) == (demand != "off")
@@ -137,8 +184,9 @@ def test_everything_stays_resident_while_it_fits():
 
 
 @pytest.mark.parametrize("slots", [LAYERS * HKV * 7, 4][: 2 if DEVICE.type == "cuda" else 1])
-def test_a_pool_smaller_than_what_is_kept_reads_the_host_and_is_exact(slots):
-    simulation = DeviceSimulation(config(budget=1.0), slots=slots, seed=3)
+@pytest.mark.parametrize("kind", [DeviceSimulation, QuantisedSimulation])
+def test_a_pool_smaller_than_what_is_kept_reads_the_host_and_is_exact(slots, kind):
+    simulation = kind(config(budget=1.0), slots=slots, seed=3)
     drive(simulation)
     assert simulation.engine.control.counts.chunks_missed > 0 and simulation.sparse_decodes == 0
     simulation.leak_check()
@@ -152,12 +200,14 @@ def test_more_requests_than_the_pool_has_room_for(demand):
     simulation.leak_check()
 
 
-def test_prefix_sharing_shares_slots():
-    share_a_prefix(DeviceSimulation)
+@pytest.mark.parametrize("kind", [DeviceSimulation, QuantisedSimulation])
+def test_prefix_sharing_shares_slots(kind):
+    share_a_prefix(kind)
 
 
-def test_copied_blocks_are_copied_in_the_store_and_lose_their_slots():
-    copy_a_block(DeviceSimulation)
+@pytest.mark.parametrize("kind", [DeviceSimulation, QuantisedSimulation])
+def test_copied_blocks_are_copied_in_the_store_and_lose_their_slots(kind):
+    copy_a_block(kind)
 
 
 @pytest.mark.parametrize("settings", [{"indexer": "quest"}, {"demand": "four_bit"}, {"lead": 3}])

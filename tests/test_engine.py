@@ -24,9 +24,8 @@ class Simulation:
     def __init__(self, config: LsaConfig, slots: int, blocks: int = 60, seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)
         torch.manual_seed(seed)
-        geometry = KVGeometry(LAYERS, HQ, HKV, DIM, torch.float32, BLOCK, CHUNK, config.layer_lanes(HKV))
         self.config = config
-        self.engine = self.make_engine(geometry, slots)
+        self.engine = self.make_engine(self.geometry(), slots)
         cell = self.engine.layout.cell_bytes
         # Content may be anything before it is written: vLLM does not clear index cells.
         cells = [torch.randint(0, 256, (blocks, HKV, BLOCK // CHUNK, cell), dtype=torch.uint8) for _ in range(LAYERS)]
@@ -41,6 +40,13 @@ class Simulation:
         self.names = 0
         self.sparse_decodes = 0
         self.decodes = 0
+
+    def geometry(self) -> KVGeometry:
+        return KVGeometry(LAYERS, HQ, HKV, DIM, torch.float32, BLOCK, CHUNK, self.config.layer_lanes(HKV))
+
+    def stored(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What attention has to read of these."""
+        return k, v
 
     def make_engine(self, geometry: KVGeometry, slots: int) -> LsaEngine:
         return HostEngine(self.config, geometry, SCALE, slots, 32, self.device)
@@ -135,7 +141,7 @@ class Simulation:
             start = 0
             for name in order:
                 past, tokens = self.live[name]["computed"], scheduled[name]
-                keys, values = self.kv(layer, np.arange(past + tokens), name)
+                keys, values = self.stored(layer, *self.kv(layer, np.arange(past + tokens), name))
                 allowed = torch.ones(HQ, past + tokens, dtype=torch.bool)
                 if name in sparse:
                     lanes = self.engine.geometry.layer_lanes

@@ -7,6 +7,7 @@ import torch
 from tests.device_state import State
 from tests.kernels import DEVICE, load
 from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.ops.e4m3 import quantise, unscaled
 from vllm_lsa.ops.encode_rows import (
     ProductCodec,
     encode_chunks,
@@ -20,6 +21,8 @@ from vllm_lsa.ops.encode_rows import (
 load("encode")
 NONSENSE = 2**30
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KEY_SCALE = 0.37
+E4M3 = pytest.mark.parametrize("e4m3", [False, True], ids=["", "e4m3"])
 
 
 def ints(values, dtype=torch.int32):
@@ -77,7 +80,8 @@ SHAPES = [(2, 16, 4, 16, 2), (1, 24, 3, 8, 3), (3, 64, 8, 16, 1), (1, 20, 1, 24,
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_chunks_of_a_prompt(shape):
+@pytest.mark.parametrize("key_scale", [1.0, KEY_SCALE])
+def test_chunks_of_a_prompt(shape, key_scale):
     kv_heads, dim, subspaces, chunk, per_block = shape
     torch.manual_seed(0)
     dtype = DTYPES[sum(shape) % 3]
@@ -88,23 +92,39 @@ def test_chunks_of_a_prompt(shape):
     for f in filter(lambda f: f >= 0, first):
         k[f : f + chunk] = torch.randn(chunk, kv_heads, dim).to(dtype)
     keys_of = {
-        (block, place): k[f : f + chunk].transpose(0, 1)  # after all was written: two of them overlap
+        (block, place): k[f : f + chunk].transpose(0, 1).float()
+        * key_scale  # after all was written: two of them overlap
         for f, block, place in zip(first, blocks, places, strict=True)
         if f >= 0
     }
     wide, part = make_cells(5, kv_heads, per_block, chunk, dim, dtype, subspaces)
     want = wide.clone()
     lists = ints(first), ints(blocks), ints(places)
-    encode_chunks(k, *lists, wide[..., part], chunk, codec)
-    encode_chunks_naive(k, *lists, want[..., part], chunk, codec)
+    encode_chunks(k, *lists, wide[..., part], chunk, codec, key_scale)
+    encode_chunks_naive(k, *lists, want[..., part], chunk, codec, key_scale)
     assert_same(wide, want, part, keys_of, dtype, codec, chunk)
 
 
-def make_store(shape, layer_lanes, dtype, num_blocks):
+def make_geometry(shape, layer_lanes, dtype, e4m3=False):
     kv_heads, dim, _, chunk, per_block = shape
-    geometry = KVGeometry(3, 2 * kv_heads, kv_heads, dim, dtype, chunk * per_block, chunk, layer_lanes)
-    pages = torch.full((num_blocks * geometry.num_lanes * per_block, *geometry.page_shape), float("nan"), dtype=dtype)
-    return geometry, pages.pin_memory() if DEVICE.type == "cuda" else pages
+    pages = torch.uint8 if e4m3 else dtype
+    return KVGeometry(3, 2 * kv_heads, kv_heads, dim, pages, chunk * per_block, chunk, layer_lanes, model_dtype=dtype)
+
+
+def make_store(geometry, num_blocks):
+    shape = (num_blocks * geometry.num_lanes * geometry.chunks_per_block, *geometry.page_shape)
+    pages = torch.full(shape, geometry.poison, dtype=geometry.dtype)
+    return pages.pin_memory() if DEVICE.type == "cuda" else pages
+
+
+def put_keys(page, geometry):
+    """Random keys [heads, C, D] in a page; returns what they are read as."""
+    keys = torch.randn(page.shape[1:])
+    if not geometry.quantised:
+        page[0] = keys.to(page.dtype)
+        return page[0]
+    page[0] = quantise(keys, KEY_SCALE)
+    return unscaled(page[0], torch.float32) * KEY_SCALE
 
 
 def fill(pages, geometry, layer, block, place):
@@ -112,8 +132,7 @@ def fill(pages, geometry, layer, block, place):
     g, keys = geometry, []
     for lane in range(layer * g.layer_lanes, (layer + 1) * g.layer_lanes):
         page = pages[(block * g.num_lanes + lane) * g.chunks_per_block + place]
-        page[0] = torch.randn(page.shape[1:]).to(page.dtype)
-        keys.append(page[0])
+        keys.append(put_keys(page, g))
     return torch.cat(keys)
 
 
@@ -124,46 +143,49 @@ def fill_tail(state, i, geometry, layer, pool, host):
         page = int(state.page(i, np.array([c]), lane)[0])
         slot = int(state.entries[i][lane][1][-1]) if state.budget[i] else int(state.slot_of[page])
         of = pool[slot] if slot >= 0 else host[page]
-        of[0] = torch.randn(of.shape[1:]).to(of.dtype)
-        keys.append(of[0].to(DEVICE))
+        keys.append(put_keys(of, g).to(DEVICE))
     return (int(state.table[i, c // g.chunks_per_block]), c % g.chunks_per_block), torch.cat(keys)
 
 
-def decoded_case(shape, layer_lanes, dtype, lengths, budget, host_read):
+def decoded_case(shape, layer_lanes, dtype, lengths, budget, host_read, e4m3=False):
     kv_heads, dim, subspaces, chunk, per_block = shape
-    g = KVGeometry(3, 2 * kv_heads, kv_heads, dim, dtype, chunk * per_block, chunk, layer_lanes)
+    g = make_geometry(shape, layer_lanes, dtype, e4m3)
     state = State(g, lengths, budget, seed=sum(shape), host_read=host_read)
     wide, part = make_cells(state.num_blocks, kv_heads, per_block, chunk, dim, dtype, subspaces)
-    return g, state, *state.pools(dtype), make_codec(kv_heads, dim, subspaces), wide, part
+    return g, state, *state.pools(g.dtype), make_codec(kv_heads, dim, subspaces), wide, part
 
 
 @pytest.mark.parametrize("host_read", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("per_head", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_chunks_that_decoding_completes(shape, per_head, host_read):
+@E4M3
+def test_chunks_that_decoding_completes(shape, per_head, host_read, e4m3):
     kv_heads, chunk = shape[0], shape[3]
     torch.manual_seed(1)
     dtype, layer = DTYPES[(sum(shape) + 1) % 3], 1
     lengths = [0, chunk, chunk + 1, 0, 3 * chunk, 2 * chunk - 1, 2 * chunk, 130 * chunk]
     budget = [False, True, True, False, False, True, False, True]
     g, state, pool, host, codec, wide, part = decoded_case(
-        shape, kv_heads if per_head else 1, dtype, lengths, budget, host_read
+        shape, kv_heads if per_head else 1, dtype, lengths, budget, host_read, e4m3
     )
+    key_scale = KEY_SCALE if e4m3 else 1.0
     keys_of = dict(fill_tail(state, i, g, layer, pool, host) for i, x in enumerate(lengths) if x and x % chunk == 0)
     want = wide.clone()
     operands = pool, host, state.rows, state.slot_of, state.sets
-    encode_decoded(*operands, wide[..., part], layer, g, codec)
-    encode_decoded_naive(*operands, want[..., part], layer, g, codec)
+    encode_decoded(*operands, wide[..., part], layer, g, codec, key_scale)
+    encode_decoded_naive(*operands, want[..., part], layer, g, codec, key_scale)
     assert len(keys_of) == 4
     assert_same(wide, want, part, keys_of, dtype, codec, chunk)
 
 
 @pytest.mark.parametrize("shape", SHAPES[2:7:4])
-def test_chunks_begun_in_an_earlier_step(shape):
+@E4M3
+def test_chunks_begun_in_an_earlier_step(shape, e4m3):
     kv_heads, dim, subspaces, chunk, per_block = shape
     torch.manual_seed(2)
-    dtype, layer = torch.bfloat16, 2
-    geometry, pages = make_store(shape, kv_heads, dtype, 4)
+    dtype, layer, key_scale = torch.bfloat16, 2, KEY_SCALE if e4m3 else 1.0
+    geometry = make_geometry(shape, kv_heads, dtype, e4m3)
+    pages = make_store(geometry, 4)
     codec = make_codec(kv_heads, dim, subspaces)
     blocks, places = [3, 1, 0], [0, 0, per_block - 1]
     keys_of = {(b, p): fill(pages, geometry, layer, b, p) for b, p in zip(blocks, places, strict=True)}
@@ -171,8 +193,8 @@ def test_chunks_begun_in_an_earlier_step(shape):
     lists = ints([first[0], -1, *first[1:]], torch.int64), ints([3, NONSENSE, 1, 0]), ints([0, 9, *places[1:]])
     wide, part = make_cells(4, kv_heads, per_block, chunk, dim, dtype, subspaces)
     want = wide.clone()
-    encode_pages(pages, *lists, wide[..., part], layer, geometry, codec)
-    encode_pages_naive(pages, *lists, want[..., part], layer, geometry, codec)
+    encode_pages(pages, *lists, wide[..., part], layer, geometry, codec, key_scale)
+    encode_pages_naive(pages, *lists, want[..., part], layer, geometry, codec, key_scale)
     assert_same(wide, want, part, keys_of, dtype, codec, chunk)
 
 
@@ -200,7 +222,8 @@ def test_captured_encoding_follows_the_rows(shape):
 
 def test_refusals():
     shape = (1, 16, 4, 16, 2)
-    geometry, pages = make_store(shape, 1, torch.float32, 2)
+    geometry = make_geometry(shape, 1, torch.float32)
+    pages = make_store(geometry, 2)
     codec = make_codec(1, 16, 4)
     wide, part = make_cells(2, 1, 2, 16, 16, torch.float32, 4)
     lists = ints([0], torch.int64), ints([0]), ints([0])

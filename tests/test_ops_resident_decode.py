@@ -8,6 +8,8 @@ from tests.device_state import State
 from tests.kernels import DEVICE, load
 from tests.test_ops_closeness import assert_close
 from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.ops import resident_decode as decode
+from vllm_lsa.ops.e4m3 import KVScales, quantise
 from vllm_lsa.ops.resident_decode import (
     DecodeConfig,
     DecodeScratch,
@@ -17,12 +19,17 @@ from vllm_lsa.ops.resident_decode import (
 
 kernels = load("paged_decode")
 SCALE = 0.17
+SCALES = KVScales(0.03, 1.7)
 MIXED = [0, 37, 150, 1, 0, 64, 16]
 ON_BUDGET = [False, False, True, True, True, True, False]
 
 
-def shape(dtype=torch.float32, dim=64, chunk=16, lanes=2, kv_heads=2, group=3, layers=2):
-    return KVGeometry(layers, kv_heads * group, kv_heads, dim, dtype, 2 * chunk, chunk, lanes)
+E4M3 = pytest.mark.parametrize("e4m3", [False, True], ids=["", "e4m3"])
+
+
+def shape(dtype=torch.float32, dim=64, chunk=16, lanes=2, kv_heads=2, group=3, layers=2, e4m3=False):
+    pages = torch.uint8 if e4m3 else dtype
+    return KVGeometry(layers, kv_heads * group, kv_heads, dim, pages, 2 * chunk, chunk, lanes, model_dtype=dtype)
 
 
 class Case:
@@ -45,16 +52,19 @@ class Case:
                 tail = (lengths[row] - 1) % g.chunk_tokens + 1
                 for chunk, slot, page in zip(chunks, slots, pages, strict=True):
                     tokens = tail if chunk == count - 1 else g.chunk_tokens
-                    content = torch.randn(2, g.lane_heads, tokens, g.head_dim).to(g.dtype)
+                    content = torch.randn(2, g.lane_heads, tokens, g.head_dim)
+                    if g.quantised:
+                        content = torch.stack([quantise(x, s) for x, s in zip(content, SCALES, strict=True)])
+                    content = content.to(g.dtype)
                     (host[page] if slot < 0 else pool[slot])[:, :, :tokens] = content.to(
                         host.device if slot < 0 else DEVICE
                     )
         n, heads, dim = len(lengths), g.num_q_heads, g.head_dim
         # Strided as where q, k and v are one tensor; padding rows' queries are NaN.
-        q = torch.full((n, heads + 2 * g.num_kv_heads, dim), float("nan"), dtype=g.dtype, device=DEVICE)
+        q = torch.full((n, heads + 2 * g.num_kv_heads, dim), float("nan"), dtype=g.compute_dtype, device=DEVICE)
         self.q = q[:, :heads]
         used = state.rows.token[state.rows.length > 0].long()
-        self.q[used] = torch.randn(len(used), heads, dim, device=DEVICE).to(g.dtype) * 2
+        self.q[used] = torch.randn(len(used), heads, dim, device=DEVICE).to(g.compute_dtype) * 2
         self.operands = {
             "q": self.q,
             "pool": pool,
@@ -65,6 +75,7 @@ class Case:
             "layer": layer,
             "geometry": g,
             "scale": SCALE,
+            "scales": SCALES if g.quantised else KVScales(),
         }
 
     def scratch(self, splits=None, tile=16):
@@ -73,16 +84,20 @@ class Case:
         config = DecodeConfig(tile, warps=2, stages=2, per_sm=2, splits=splits)
         return DecodeScratch.empty(len(self.state.lengths), g, longest, DEVICE, config)
 
+    def wide(self):
+        """Operands for a result in float64; bytes of e4m3 stay what they are."""
+        operands = {name: self.operands[name] for name in ("q", "pool", "host_pages")}
+        return {name: x.double() if x.is_floating_point() else x for name, x in operands.items()}
+
     def check(self, scratch, **change):
         g = self.state.geometry
-        out = torch.full((len(self.q), g.num_q_heads + 1, g.head_dim), 7.0, dtype=g.dtype, device=DEVICE)
+        out = torch.full((len(self.q), g.num_q_heads + 1, g.head_dim), 7.0, dtype=g.compute_dtype, device=DEVICE)
         want = torch.full(self.q.shape, 7.0, dtype=torch.float64, device=DEVICE)
         scratch.partial.fill_(float("nan"))
         scratch.lse.fill_(float("nan"))
         resident_decode(**self.operands | change, out=out[:, 1:], scratch=scratch)
-        wide = {name: self.operands[name].double() for name in ("q", "pool", "host_pages")}
-        resident_decode_naive(**self.operands | wide, out=want)
-        if g.dtype == torch.float32:  # a GPU's exp2 is an approximation
+        resident_decode_naive(**self.operands | self.wide(), out=want)
+        if g.compute_dtype == torch.float32:  # a GPU's exp2 is an approximation
             torch.testing.assert_close(out[:, 1:].double(), want, atol=1e-4, rtol=1e-4)
         else:
             assert_close(out[:, 1:], want)
@@ -94,18 +109,30 @@ class Case:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("splits", [1, 3])
-def test_matches_naive(dtype, lanes, splits):
-    case = Case(shape(dtype, lanes=lanes), MIXED, ON_BUDGET, host_read=0.3)
+@E4M3
+def test_matches_naive(dtype, lanes, splits, e4m3):
+    case = Case(shape(dtype, lanes=lanes, e4m3=e4m3), MIXED, ON_BUDGET, host_read=0.3)
     case.check(case.scratch(splits, tile=32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk,dim,group", [(8, 80, 1), (32, 96, 4), (64, 128, 7), (24, 256, 8)])
-def test_sizes(dtype, chunk, dim, group):
-    case = Case(
-        shape(dtype, dim, chunk, group=group, lanes=1, kv_heads=1), [chunk + 5, 3 * chunk + 1], [False, True], share=1.0
-    )
+@E4M3
+def test_sizes(dtype, chunk, dim, group, e4m3):
+    geometry = shape(dtype, dim, chunk, group=group, lanes=1, kv_heads=1, e4m3=e4m3)
+    case = Case(geometry, [chunk + 5, 3 * chunk + 1], [False, True], share=1.0)
     case.check(case.scratch(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("native", [False, True])
+def test_e4m3_by_its_bits_and_as_a_device_has_it(monkeypatch, dtype, native):
+    """The other one than what this device takes of itself; Triton's interpreter takes both."""
+    if native and DEVICE.type == "cuda" and not decode.has_e4m3(DEVICE):
+        pytest.skip("the device has no e4m3")
+    monkeypatch.setattr(decode, "has_e4m3", lambda device: native)
+    case = Case(shape(dtype, dim=80, e4m3=True), MIXED, ON_BUDGET, host_read=0.3)
+    case.check(case.scratch(2, tile=32))
 
 
 def test_more_query_heads_than_a_tile_has_rows():
@@ -135,8 +162,9 @@ def test_rising_scores():
     case.check(case.scratch(2, tile=64))
 
 
-def test_cpu_without_interpreter_runs_the_twin(monkeypatch):
-    case = Case(shape(torch.bfloat16), MIXED, ON_BUDGET)
+@E4M3
+def test_cpu_without_interpreter_runs_the_twin(monkeypatch, e4m3):
+    case = Case(shape(torch.bfloat16, e4m3=e4m3), MIXED, ON_BUDGET)
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     case.check(case.scratch())
 
@@ -145,6 +173,8 @@ def test_number_of_splits():
     geometry = dataclasses.replace(shape(torch.bfloat16, 128), num_q_heads=32, num_kv_heads=8, layer_lanes=8)
     config = DecodeConfig.default(geometry)
     assert (config.tile, config.warps, config.stages, config.per_sm) == (64, 2, 3, 3)
+    half = dataclasses.replace(geometry, dtype=torch.uint8)
+    assert DecodeConfig.default(half).tile == 128  # as many bytes
     scratch = DecodeScratch(torch.empty(0), torch.empty(0), 256, 396, config)  # an H100: 132 · 3
     assert scratch.splits(4, 8, 131072) == 12
     assert scratch.splits(1, 8, 131072) == 47
@@ -178,8 +208,9 @@ def test_refuses_bad_input():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")
-def test_in_a_graph_reads_new_lengths_and_counts():
-    case = Case(shape(torch.bfloat16, lanes=2), MIXED, ON_BUDGET, host_read=0.3)
+@E4M3
+def test_in_a_graph_reads_new_lengths_and_counts(e4m3):
+    case = Case(shape(torch.bfloat16, lanes=2, e4m3=e4m3), MIXED, ON_BUDGET, host_read=0.3)
     scratch, out = case.scratch(2), torch.zeros_like(case.q)
 
     def run():
@@ -190,7 +221,7 @@ def test_in_a_graph_reads_new_lengths_and_counts():
     with torch.cuda.graph(graph):
         run()
     want = torch.zeros_like(out, dtype=torch.float64)
-    wide = {name: case.operands[name].double() for name in ("q", "pool", "host_pages")}
+    wide = case.wide()
     rows = case.state.rows
     for change in (lambda: None, lambda: rows.length[1:3].sub_(2), lambda: rows.length[3:4].zero_()):
         change()

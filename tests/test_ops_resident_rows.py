@@ -9,6 +9,7 @@ from tests.kernels import DEVICE, load
 from vllm_lsa.device.state import NEXT, DeviceRefresh, DeviceTails
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.ops import resident_rows as ops
+from vllm_lsa.ops.e4m3 import KVScales, quantise, unscaled
 from vllm_lsa.residency.replacement import Replacement
 
 for _name in ("write", "demand", "pages"):
@@ -16,20 +17,25 @@ for _name in ("write", "demand", "pages"):
 
 LENGTHS = [0, 9, 700, 16, 137, 0, 641, 1, 88]
 BUDGET = [False, True, True, False, True, True, False, True, True]
+SCALES = KVScales(0.013, 0.004)
+"""The larger ones of standard normal V saturate."""
+E4M3 = pytest.mark.parametrize("e4m3", [False, True], ids=["", "e4m3"])
 
 
-def geometry(lanes, dtype=torch.float32, block=32, chunk=8, heads=3, dim=16):
-    return KVGeometry(2, 2 * heads, heads, dim, dtype, block, chunk, lanes)
+def geometry(lanes, dtype=torch.float32, block=32, chunk=8, heads=3, dim=16, e4m3=False):
+    pages = torch.uint8 if e4m3 else dtype
+    return KVGeometry(2, 2 * heads, heads, dim, pages, block, chunk, lanes, model_dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lanes", [1, 3])
 @pytest.mark.parametrize("dim", [16, 80])
-def test_write_rows(dtype, lanes, dim):
-    g = geometry(lanes, dtype, dim=dim)
+@E4M3
+def test_write_rows(dtype, lanes, dim, e4m3):
+    g = geometry(lanes, dtype, dim=dim, e4m3=e4m3)
     s = State(g, LENGTHS, BUDGET, host_read=0.2)
     n = len(LENGTHS)
-    pool, host = s.pools(dtype)
+    pool, host = s.pools(g.dtype)
     q = torch.randn(n, 2 * g.num_q_heads, dim, device=DEVICE).to(dtype)[:, : g.num_q_heads]
     k, v = torch.randn(2, n, g.num_kv_heads, dim, device=DEVICE).to(dtype)
     queries = torch.full((n, 2, g.num_q_heads, dim), float("nan"), dtype=dtype, device=DEVICE)
@@ -38,10 +44,13 @@ def test_write_rows(dtype, lanes, dim):
         if BUDGET[i] and length % 8 == 1:
             s.sets.counts[int(s.rows.state[i])] -= 1
     ops.advance(s.rows, s.sets, s.slot_of, tails, g)
-    ops.write_rows(q, k, v, pool, host, s.rows, tails, 1, g, queries)
+    ops.write_rows(q, k, v, pool, host, s.rows, tails, 1, g, queries, SCALES)
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-    want_pool, want_host = s.pools(dtype)
+    if e4m3:
+        k, v = (quantise(x, scale) for x, scale in zip((k, v), SCALES, strict=True))
+        assert ((v & 127) == 126).sum() > 9
+    want_pool, want_host = s.pools(g.dtype)
     want_queries = torch.full_like(queries, float("nan"))
     for i, length in enumerate(LENGTHS):
         if not length:
@@ -61,21 +70,53 @@ def test_write_rows(dtype, lanes, dim):
 
 
 @pytest.mark.parametrize("lanes", [1, 3])
-def test_write_tokens_and_gather_history(lanes):
-    g = geometry(lanes)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@E4M3
+def test_write_tokens_and_gather_history(dtype, lanes, e4m3):
+    g = geometry(lanes, dtype, e4m3=e4m3)
     s = State(g, [137, 88], [False, False], host_read=0.3)
-    pool, host = s.pools(torch.float32)
-    k, v = torch.randn(2, 137 + 2, 3, 16, device=DEVICE)
+    pool, host = s.pools(g.dtype)
+    k, v = torch.randn(137 + 2, 9, 16, device=DEVICE).to(dtype)[:, 2:8].split(3, 1)
     at = np.arange(137)
     page0 = np.append(s.page(0, at // 8, 0), [-1, -1])
     offset = np.append(at % 8, [5, 5]).astype(np.int32)
-    ops.write_tokens(k, v, pool, host, s.put(page0), s.put(offset), s.slot_of, 1, g)
+    read = ops.write_tokens(k, v, pool, host, s.put(page0), s.put(offset), s.slot_of, 1, g, SCALES)
+    if e4m3:
+        k, v = (unscaled(quantise(x, scale), dtype) for x, scale in zip((k, v), SCALES, strict=True))
+    for got, want in zip(read, (k, v), strict=True):
+        assert got.dtype == dtype and torch.equal(got[:137], want[:137])
     blocks = s.rows.block_table[0]
     for programs in (1, 5, 10000):
-        keys, values = torch.full((2, 160, 3, 16), float("nan"), device=DEVICE)
+        keys, values = torch.full((2, 160, 3, 16), float("nan"), dtype=dtype, device=DEVICE)
         ops.gather_history(pool, host, blocks, s.slot_of, keys, values, 3, 14, 1, g, programs)
         assert torch.equal(keys[:112], k[24:136]) and torch.equal(values[:112], v[24:136])
         assert keys[112:].isnan().all() and values[112:].isnan().all()
+
+
+def test_every_number_is_rounded_as_torch_does_and_read_exactly():
+    """All bf16 numbers, infinities and NaN too, and what lies half way between two of e4m3; all 256 bytes."""
+    g = KVGeometry(1, 1, 1, 256, torch.uint8, 64, 64, model_dtype=torch.float32)
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).float().view(-1, 256)
+    codes = torch.arange(256).to(torch.uint8)
+    values = unscaled(codes, torch.float32)
+    half = (values[:-1] + values[1:]) / 2
+    near = torch.cat([half.nextafter(torch.tensor(side)) for side in (-1e9, 0.0, 1e9)])
+    x = torch.cat([every, torch.cat([half, near, half.new_zeros(4)]).view(-1, 256)]).to(DEVICE)
+    s = State(g, [len(x)], [False])
+    pool, host = s.pools(torch.uint8)
+    at = np.arange(len(x))
+    where = s.put(s.page(0, at // 64, 0)), s.put((at % 64).astype(np.int32)), s.slot_of
+    read = ops.write_tokens(x[:, None], -x[:, None], pool, host, *where, 0, g)
+    for got, want in zip(read, (x, -x), strict=True):
+        want = unscaled(quantise(want, 1.0), torch.float32)
+        assert want.abs().nan_to_num().amax() == 448 and 4 < want.isnan().sum() < 600
+        torch.testing.assert_close(got[:, 0], want, rtol=0, atol=0, equal_nan=True)
+    keys, read_values = torch.zeros(2, 64, 1, 256, device=DEVICE)
+    page = int(s.slot_of[int(s.page(0, np.zeros(1, int), 0)[0])])
+    pool[page] = codes.to(DEVICE)
+    ops.gather_history(pool, host, s.rows.block_table[0], s.slot_of, keys, read_values, 0, 1, 0, g, 1)
+    for got in (keys, read_values):
+        torch.testing.assert_close(got[:, 0], values.expand(64, 256).to(DEVICE), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("programs", [None, 1, 3])

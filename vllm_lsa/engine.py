@@ -67,7 +67,7 @@ class LsaEngine(TieredEngine[P, KVGeometry]):
     ) -> None:
         super().__init__(config, geometry, num_slots, self._staging_pages(geometry), max_requests, device, metrics)
         self._scale = scale
-        kind = (geometry.chunk_tokens, geometry.head_dim, geometry.dtype)
+        kind = (geometry.chunk_tokens, geometry.head_dim, geometry.compute_dtype)
         trained = load_trained(config, device, geometry.rank, geometry.ranks)
         self._policy = make_policy(config.policy, *kind, trained)
         self._demand = make_demand(config.demand, *kind, trained)
@@ -78,7 +78,7 @@ class LsaEngine(TieredEngine[P, KVGeometry]):
             geometry.num_layers,
             geometry.num_q_heads,
             geometry.head_dim,
-            dtype=geometry.dtype,
+            dtype=geometry.compute_dtype,
             device=device,
         )
         self._cells: list[torch.Tensor] = []

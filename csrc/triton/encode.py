@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from vllm_lsa.device.state import PAGE, DeviceRows, DeviceSets
+from vllm_lsa.kernels.e4m3 import widen
 from vllm_lsa.kernels.early import await_grid
 from vllm_lsa.ops.early import early
 
@@ -66,15 +67,24 @@ def _locate(
 
 
 @triton.jit
+def _values(raw, scale, E4M3: tl.constexpr):
+    """Keys in fp32. E4M3: raw ones are e4m3 bytes."""
+    if E4M3:
+        raw = widen(raw)
+    return raw.to(tl.float32) * scale
+
+
+@triton.jit
 def _codes(
-    keys, to, valid, h, to_code, mean, centroids,
+    keys, to, valid, h, to_code, mean, centroids, key_scale,
     CHUNK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr,
-    WIDTH_PAD: tl.constexpr, SUBSPACES: tl.constexpr,
+    WIDTH_PAD: tl.constexpr, SUBSPACES: tl.constexpr, E4M3: tl.constexpr,
 ):  # fmt: skip
     """Codes of the program's subspaces, of keys that begin at `keys`."""
     d, w, c = tl.arange(0, D_PAD), tl.arange(0, WIDTH_PAD), tl.arange(0, 256)
     # Read once for all subspaces: it may come from host memory.
-    key = tl.load(keys[:, None] + d[None, :], mask=valid[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
+    key = tl.load(keys[:, None] + d[None, :], mask=valid[:, None] & (d[None, :] < D), other=0)
+    key = _values(key, key_scale, E4M3)
     key -= tl.load(mean + h * D + d, mask=d < D, other=0.0)[None, :]
     for m in range(tl.program_id(2) * SUBSPACES, tl.minimum(M, (tl.program_id(2) + 1) * SUBSPACES)):
         matrix = tl.load(
@@ -96,11 +106,11 @@ def _codes(
 @triton.jit(do_not_specialize=_DYNAMIC)
 def _product(
     keys, source, blocks, places, state, slot_of, set_pages, counts, entry_slot, to_code, mean, centroids, cells,
-    host_delta, n, row_blocks, row_pages, key_token, key_head, layer, cell_block, cell_head, cell_chunk,
+    host_delta, n, row_blocks, row_pages, key_token, key_head, layer, cell_block, cell_head, cell_chunk, key_scale,
     KIND: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, PER_BLOCK: tl.constexpr, LAYER_LANES: tl.constexpr,
     LAYERS: tl.constexpr, LANE_HEADS: tl.constexpr, PAGE: tl.constexpr, D_PAD: tl.constexpr, M: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr,
-    SUBSPACES: tl.constexpr, ROWS_PAD: tl.constexpr, EARLY: tl.constexpr,
+    SUBSPACES: tl.constexpr, ROWS_PAD: tl.constexpr, E4M3: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs, Hkv, M / SUBSPACES), where a program's keys are TOKENS rows of one matrix: of CHUNKS chunks one
     after the other, or for ROWS of a chunk that a row has completed. Few have, so it's few programs that find theirs.
@@ -122,8 +132,8 @@ def _product(
             )  # fmt: skip
             to = cells + block * cell_block + h * cell_head + at * cell_chunk + r
             _codes(
-                keys + first + r * D, to, r < CHUNK, h, to_code, mean, centroids,
-                CHUNK, D, D_PAD, M, WIDTH, WIDTH_PAD, SUBSPACES,
+                keys + first + r * D, to, r < CHUNK, h, to_code, mean, centroids, key_scale,
+                CHUNK, D, D_PAD, M, WIDTH, WIDTH_PAD, SUBSPACES, E4M3,
             )  # fmt: skip
     else:
         i, t = tl.program_id(0) * CHUNKS + r // CHUNK, r % CHUNK
@@ -136,17 +146,17 @@ def _product(
             to = cells + block * cell_block + h * cell_head + at * cell_chunk + t
             _codes(
                 keys + first + t * (key_token if KIND == _TOKENS else D), to, valid, h, to_code, mean, centroids,
-                CHUNK, D, D_PAD, M, WIDTH, WIDTH_PAD, SUBSPACES,
+                key_scale, CHUNK, D, D_PAD, M, WIDTH, WIDTH_PAD, SUBSPACES, E4M3,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_DYNAMIC)
 def _mean_key(
     keys, source, blocks, places, state, slot_of, set_pages, counts, entry_slot, cells,
-    host_delta, n, row_blocks, row_pages, key_token, key_head, layer, cell_block, cell_head, cell_chunk,
+    host_delta, n, row_blocks, row_pages, key_token, key_head, layer, cell_block, cell_head, cell_chunk, key_scale,
     KIND: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, PER_BLOCK: tl.constexpr, LAYER_LANES: tl.constexpr,
     LAYERS: tl.constexpr, LANE_HEADS: tl.constexpr, PAGE: tl.constexpr, D_PAD: tl.constexpr, CHUNK_PAD: tl.constexpr,
-    EARLY: tl.constexpr,
+    E4M3: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, Hkv)."""
     if EARLY:
@@ -162,8 +172,9 @@ def _mean_key(
         key = tl.load(
             keys + first + (t * (key_token if KIND == _TOKENS else D))[:, None] + d[None, :],
             mask=(t[:, None] < CHUNK) & (d[None, :] < D),
-            other=0.0,
-        ).to(tl.float32)
+            other=0,
+        )
+        key = _values(key, key_scale, E4M3)
         to = cells + block * cell_block + h * cell_head + place * cell_chunk + d
         tl.store(to, (tl.sum(key, 0) / CHUNK).to(cells.dtype.element_ty), mask=d < D)
 
@@ -185,13 +196,16 @@ def encode(
     layer: int,
     lanes: tuple[int, int, int],
     tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    dtype: torch.dtype,
+    key_scale: float,
     resident: tuple[DeviceRows, torch.Tensor, DeviceSets, int] | None = None,
 ) -> None:
     """Cells of the chunks that source names, as `kind` says.
 
     source: int [n]. blocks: int32 [n], or the rows' block table. places: int32 [n], unused for ROWS. key_strides: of
     tokens and heads, for TOKENS. lanes: the geometry's num_layers, layer_lanes and lane_heads. tables: to_code, mean
-    and centroids of the product index; None for mean keys. resident, for ROWS, whose keys are the pool: the rows,
+    and centroids of the product index; None for mean keys. dtype: of mean keys. key_scale: what keys are multiplied by;
+    uint8 ones are e4m3 bytes. resident, for ROWS, whose keys are the pool: the rows,
     slot_of, the sets and the elements from the pool to the host pages.
     """
     n, (_, kv_heads, per_block, _) = len(source), cells.shape
@@ -199,16 +213,17 @@ def encode(
         return
     layers, layer_lanes, lane_heads = lanes
     if tables is None:
-        cells = cells.view(keys.dtype)
+        cells = cells.view(dtype)
     slots: tuple[torch.Tensor | None, ...] = (None,) * 5
     delta = row_pages = 0
     if resident is not None:
         rows, slot_of, sets, delta = resident
         slots, row_pages = (rows.state, slot_of, sets.pages, sets.counts, sets.slot), sets.pages.stride(0)
-    dynamic = (delta, n, blocks.stride(0), row_pages, *key_strides, layer, *cells.stride()[:3])
+    dynamic = (delta, n, blocks.stride(0), row_pages, *key_strides, layer, *cells.stride()[:3], key_scale)
     static: dict[str, Any] = dict(
         KIND=kind, CHUNK=chunk, D=dim, PER_BLOCK=per_block, LAYER_LANES=layer_lanes, LAYERS=layers,
         LANE_HEADS=lane_heads, PAGE=PAGE, D_PAD=max(16, triton.next_power_of_2(dim)),
+        E4M3=keys.dtype == torch.uint8,
         **(early(cells.device) if kind == ROWS else {"EARLY": False}),
     )  # fmt: skip
     if tables is None:

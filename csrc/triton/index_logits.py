@@ -8,19 +8,12 @@ import torch
 
 import triton
 import triton.language as tl
+from vllm_lsa.kernels.e4m3 import widen
 
 _TILE = 64  # entries that are multiplied at a time
 _MOST_TILES = 8  # of a program
 _PROGRAMS = 4096
 """Programs that fill every device: a program has several tiles only if there are more of them."""
-
-
-@triton.jit
-def _values(codes):
-    """fp32 of e4m3 bytes, by their bits, for those that know no e4m3: exact, denormal numbers too; not for NaN."""
-    bits = codes.to(tl.int32)
-    magnitude = ((bits & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^(127 - 7)
-    return tl.where(bits >= 128, -magnitude, magnitude)
 
 
 @triton.jit
@@ -38,7 +31,7 @@ def _heads(
             at = at.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
             query = tl.load(at, mask=here[:, None], other=0.0)
         else:
-            query = _values(tl.load(at, mask=here[:, None], other=0))
+            query = widen(tl.load(at, mask=here[:, None], other=0))
     else:
         query = tl.load(at, mask=here[:, None], other=0.0)
     return query, w
@@ -86,7 +79,7 @@ def _index_logits(
             at = at.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
             keys = tl.load(at, mask=here[:, None], other=0.0)
         else:
-            keys = _values(tl.load(at, mask=here[:, None], other=0))
+            keys = widen(tl.load(at, mask=here[:, None], other=0))
         scales = (page + PER_PAGE * D).to(tl.pointer_type(tl.float32), bitcast=True) + n % PER_PAGE
         scale = tl.load(scales, mask=here, other=0.0)
         if not FP8:

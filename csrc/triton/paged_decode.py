@@ -6,6 +6,7 @@ read on the device and the grids follow from shapes alone, so both kernels can b
 
 import triton
 import triton.language as tl
+from vllm_lsa.kernels.e4m3 import widen
 from vllm_lsa.kernels.early import await_grid
 
 
@@ -76,6 +77,7 @@ def attend(
     host_delta,
     splits,
     scale_log2,
+    v_factor,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
@@ -90,15 +92,18 @@ def attend(
     TILE: tl.constexpr,
     MIN_TILES: tl.constexpr,
     DIRECT: tl.constexpr,
+    E4M3: tl.constexpr,
     WIDEN: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Program (row and KV head, split): attention of the head's group over the split's share of the row's tokens.
 
     host_delta: from pool to the host pages in units of VECTOR elements, which are 16 bytes: so the compiler sees that
-    every row of K and V is aligned. scale_log2: scale · log2(e). TILE: tokens of an iteration. MIN_TILES: least tiles
-    of a split. DIRECT: there is one split, which writes `out`; else `partial` and `lse` (base 2) are for `merge`.
-    WIDEN: products of fp32 numbers, for Triton's interpreter, whose `dot` takes bf16 for integers.
+    every row of K and V is aligned. scale_log2: scale · log2(e) · that of the keys. v_factor: 1 / that of the values.
+    TILE: tokens of an iteration. MIN_TILES: least tiles of a split. DIRECT: there is one split, which writes `out`;
+    else `partial` and `lse` (base 2) are for `merge`. E4M3: pages are bytes of it, for devices that do not convert it;
+    to those that do, pages are e4m3 themselves. WIDEN: products of fp32 numbers, for Triton's interpreter, whose `dot`
+    takes bf16 for integers.
     """
     if EARLY:
         await_grid()
@@ -175,7 +180,12 @@ def attend(
             t + TILE, listed_end, whole_end, pages, table, slot_of, set_slot, set_chunk, lane, host_delta,
             LANES, BLOCK_CHUNKS, CHUNK, SET_PAGE, PAGE_UNITS,
         )  # fmt: skip
-        p_type = value.dtype
+        if E4M3:
+            key = widen(key)
+            value = widen(value)
+        # Exact from e4m3, and nothing else is converted.
+        key = key.to(q.dtype.element_ty)
+        value = value.to(q.dtype.element_ty)
         if WIDEN:
             key = key.to(tl.float32)
             value = value.to(tl.float32)
@@ -186,11 +196,11 @@ def attend(
         decay = tl.exp2(highest - higher)
         p = tl.exp2(logits - higher[:, None])
         sum_p = sum_p * decay + tl.sum(p, 1)
-        p = p.to(p_type).to(value.dtype)
+        p = p.to(q.dtype.element_ty).to(value.dtype)
         acc = tl.dot(p, value, acc * decay[:, None], input_precision="ieee")
         highest = higher
 
-    acc = acc / tl.where(sum_p == 0.0, 1.0, sum_p)[:, None]
+    acc = acc / tl.where(sum_p == 0.0, 1.0, sum_p * v_factor)[:, None]
     mask = in_group[:, None] & in_dim[None, :]
     if DIRECT:
         target = out + at * out_row + heads[:, None] * out_head + d[None, :]

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from vllm_lsa.kernels.e4m3 import widen
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -28,9 +29,12 @@ def fetch_kernel(
 def gather_history_kernel(
     pool, blocks, slot_of, keys, values, first_chunk, num_chunks, host_delta, lanes, lane_first,
     HEADS: tl.constexpr, LANE_HEADS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    PER_BLOCK: tl.constexpr,
+    PER_BLOCK: tl.constexpr, E4M3: tl.constexpr,
 ):  # fmt: skip
-    """K and V of a request's chunks as [tokens, HEADS, DIM], from slots where they have one, else from the host."""
+    """K and V of a request's chunks as [tokens, HEADS, DIM], from slots where they have one, else from the host.
+
+    E4M3: pages are e4m3 bytes, keys and values what these say.
+    """
     elements: tl.constexpr = 2 * LANE_HEADS * CHUNK * DIM
     tokens = tl.arange(0, CHUNK)[:, None]
     dims = tl.arange(0, DIM_PAD)[None, :]
@@ -45,5 +49,10 @@ def gather_history_kernel(
         base = tl.where(slot >= 0, slot * elements, host_delta + page * elements)
         within = (head % LANE_HEADS) * CHUNK * DIM + tokens * DIM + dims
         to = (local.to(tl.int64) * CHUNK + tokens) * (HEADS * DIM) + head * DIM + dims
-        tl.store(keys + to, tl.load(pool + base + within, mask=inside), mask=inside)
-        tl.store(values + to, tl.load(pool + base + LANE_HEADS * CHUNK * DIM + within, mask=inside), mask=inside)
+        key = tl.load(pool + base + within, mask=inside)
+        value = tl.load(pool + base + LANE_HEADS * CHUNK * DIM + within, mask=inside)
+        if E4M3:
+            key = widen(key).to(keys.dtype.element_ty)
+            value = widen(value).to(values.dtype.element_ty)
+        tl.store(keys + to, key, mask=inside)
+        tl.store(values + to, value, mask=inside)

@@ -5,19 +5,21 @@ The host store is pinned, so its pages are addressed like device memory: their o
 
 import triton
 import triton.language as tl
+from vllm_lsa.kernels.e4m3 import narrow, widen
 from vllm_lsa.kernels.early import await_grid
 
 
 @triton.jit(do_not_specialize=["layer", "lane_first"])
 def write_rows_kernel(
     q, k, v, pool, queries, token, length, query_row, tail_page, tail_slot,
-    host_delta, q_stride, k_stride, v_stride, query_stride, lanes, lane_first, layer,
+    host_delta, q_stride, k_stride, v_stride, query_stride, lanes, lane_first, layer, k_factor, v_factor,
     GROUP: tl.constexpr, LANE_HEADS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    PER_BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    PER_BLOCK: tl.constexpr, E4M3: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program for each decode row and KV head: its K and V to the tail, its queries to the buffer.
 
-    tail_page: int64 [rows], the tail's page in lane 0. tail_slot: int32 [rows, lanes], -1 for none.
+    tail_page: int64 [rows], the tail's page in lane 0. tail_slot: int32 [rows, lanes], -1 for none. E4M3: K and V times
+    k_factor and v_factor are written as e4m3 bytes.
     """
     if EARLY:
         await_grid()
@@ -37,6 +39,9 @@ def write_rows_kernel(
     inside = dims < DIM
     key = tl.load(k + source * k_stride + head * DIM + dims, mask=inside)
     value = tl.load(v + source * v_stride + head * DIM + dims, mask=inside)
+    if E4M3:
+        key = narrow(key.to(tl.float32) * k_factor)
+        value = narrow(value.to(tl.float32) * v_factor)
     within = (head % LANE_HEADS) * CHUNK * DIM + (position % CHUNK) * DIM
     elements: tl.constexpr = 2 * LANE_HEADS * CHUNK * DIM
     to_host = host_delta + page * elements + within
@@ -55,11 +60,16 @@ def write_rows_kernel(
 
 @triton.jit(do_not_specialize=["lane_first", "num_tokens"])
 def write_tokens_kernel(
-    k, v, pool, page0, offset, slot_of, host_delta, k_stride, v_stride, lane_first, num_tokens,
+    k, v, pool, page0, offset, slot_of, read_k, read_v, host_delta, k_stride, v_stride, lane_first, num_tokens,
+    k_factor, v_factor,
     LANE_HEADS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PER_BLOCK: tl.constexpr,
-    TOKENS: tl.constexpr,
+    TOKENS: tl.constexpr, E4M3: tl.constexpr,
 ):  # fmt: skip
-    """One program for some tokens and a KV head. page0: each token's page in lane 0, -1 to leave it out."""
+    """One program for some tokens and a KV head. page0: each token's page in lane 0, -1 to leave it out.
+
+    E4M3: K and V times k_factor and v_factor are written as e4m3 bytes, whose values go to read_k and read_v,
+    [num_tokens, HEADS, DIM].
+    """
     head = tl.program_id(1)
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     first = tl.load(page0 + token, mask=token < num_tokens, other=-1)
@@ -70,6 +80,12 @@ def write_tokens_kernel(
     inside = given[:, None] & (dims < DIM)
     key = tl.load(k + (token * k_stride)[:, None] + head * DIM + dims, mask=inside)
     value = tl.load(v + (token * v_stride)[:, None] + head * DIM + dims, mask=inside)
+    if E4M3:
+        key = narrow(key.to(tl.float32) * k_factor)
+        value = narrow(value.to(tl.float32) * v_factor)
+        at = (token * tl.num_programs(1) + head)[:, None] * DIM + dims
+        tl.store(read_k + at, widen(key).to(read_k.dtype.element_ty), mask=inside)
+        tl.store(read_v + at, widen(value).to(read_v.dtype.element_ty), mask=inside)
     within = (head % LANE_HEADS) * CHUNK * DIM + tl.load(offset + token, mask=given, other=0) * DIM
     elements: tl.constexpr = 2 * LANE_HEADS * CHUNK * DIM
     to_host = pool + (host_delta + page * elements + within)[:, None] + dims

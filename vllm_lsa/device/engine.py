@@ -23,6 +23,7 @@ from vllm_lsa.indexer.product import ProductIndex
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.metrics import MetricsWriter
 from vllm_lsa.ops import resident_rows as ops
+from vllm_lsa.ops.e4m3 import UNSCALED
 from vllm_lsa.ops.encode_rows import ProductCodec, encode_chunks, encode_decoded, encode_pages
 from vllm_lsa.ops.resident_decode import DecodeScratch, resident_decode
 from vllm_lsa.ops.score_rows import score_rows, score_scratch
@@ -58,6 +59,8 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         self._max_model_len = max_model_len
         self._places: dict[Request, int] = {}
         self._prefill = prefill or TorchPrefill()
+        # Of each layer, where pages are e4m3. The plugin says before `attach` what they are.
+        self.kv_scales = [UNSCALED] * geometry.num_layers
         self.tracer: Tracer | None = None
 
     @staticmethod
@@ -130,9 +133,10 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         none = torch.full((1,), -1, dtype=torch.int64, device=self._device)
         zero = torch.zeros(1, dtype=torch.int32, device=self._device)
         # In the middle of a row of q, k and v, as the model hands them on.
-        heads = torch.zeros(16, g.num_q_heads + 2 * g.num_kv_heads, g.head_dim, dtype=g.dtype, device=self._device)
+        shape = (16, g.num_q_heads + 2 * g.num_kv_heads, g.head_dim)
+        heads = torch.zeros(shape, dtype=g.compute_dtype, device=self._device)
         q, k, v = heads.split([g.num_q_heads, g.num_kv_heads, g.num_kv_heads], 1)
-        ops.write_tokens(k, v, pool, host, none, zero, self._slot_of, layer, g)
+        k, v = ops.write_tokens(k, v, pool, host, none, zero, self._slot_of, layer, g)
         for index, parts in self._parts:
             encode_chunks(k, none.int(), zero, zero, parts[layer], g.chunk_tokens, _codec(index, layer))
             encode_pages(host, none, zero, zero, parts[layer], layer, g, _codec(index, layer))
@@ -381,10 +385,11 @@ class DeviceEngine(LsaEngine[DevicePlan]):
     ) -> None:
         assert self.store is not None
         g, config, rows, sets = self.geometry, self.config, plan.rows, self.sets
-        pool, host = self.pool.pages, self.store.pages
-        ops.write_rows(q, k, v, pool, host, rows, self._tails, layer, g, self._queries)
+        pool, host, scales = self.pool.pages, self.store.pages, self.kv_scales[layer]
+        ops.write_rows(q, k, v, pool, host, rows, self._tails, layer, g, self._queries, scales)
         for encoded, parts in self._parts:
-            encode_decoded(pool, host, rows, self._slot_of, sets, parts[layer], layer, g, _codec(encoded, layer))
+            codec = _codec(encoded, layer)
+            encode_decoded(pool, host, rows, self._slot_of, sets, parts[layer], layer, g, codec, scales.k)
         index = self._demand.index
         if index is not None:
             cells = self.layout.part(self._cells[layer], index)
@@ -399,30 +404,34 @@ class DeviceEngine(LsaEngine[DevicePlan]):
             )  # fmt: skip
         if self.tracer is not None:
             self.tracer(layer, plan)
-        resident_decode(q, pool, host, rows, self._slot_of, sets, layer, g, self._scale, out, self._scratch)
+        resident_decode(
+            q, pool, host, rows, self._slot_of, sets, layer, g, self._scale, out, self._scratch, scales=scales
+        )
 
     def _attend_prompts(
         self, plan: PrefillPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
     ) -> None:
         assert self.store is not None
         g, pool, host = self.geometry, self.pool.pages, self.store.pages
-        ops.write_tokens(k, v, pool, host, plan.page0, plan.offset, self._slot_of, layer, g)
+        scales = self.kv_scales[layer]
+        # From here on as they are read later: what a token attends to and a cell's content must not depend on how the
+        # prompt was cut into steps, or on which of its blocks were cached.
+        k, v = ops.write_tokens(k, v, pool, host, plan.page0, plan.offset, self._slot_of, layer, g, scales)
+        scale = self._scale * scales.k
         for index, parts in self._parts:
             codec = _codec(index, layer)
             if len(plan.whole[0]):
-                encode_chunks(k, *plan.whole, parts[layer], g.chunk_tokens, codec)
+                encode_chunks(k, *plan.whole, parts[layer], g.chunk_tokens, codec, scales.k)
             if len(plan.begun[0]):
-                encode_pages(host, *plan.begun, parts[layer], layer, g, codec)
+                encode_pages(host, *plan.begun, parts[layer], layer, g, codec, scales.k)
         self._queries[plan.query_row, layer] = q[plan.last_token]
         for row, history in zip(plan.rows, plan.histories, strict=True):
             here = slice(row.start, row.start + row.length)
-            state = self._prefill.attend(q[here], k[here], v[here], self._scale, causal=True)
+            state = self._prefill.attend(q[here], k[here], v[here], scale, causal=True)
             for _ in self._history.tiles(history):
                 keys, values = self._history.take(layer, history)
-                state = self._prefill.merge(
-                    state, self._prefill.attend(q[here], keys, values, self._scale, causal=False)
-                )
-            out[here] = state[0]
+                state = self._prefill.merge(state, self._prefill.attend(q[here], keys, values, scale, causal=False))
+            torch.mul(state[0], scales.v, out=out[here])
 
     # -- metrics ----------------------------------------------------------------------------------------------------
 

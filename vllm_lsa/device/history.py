@@ -24,7 +24,8 @@ class History:
 
 class HistoryReader:
     """Hands out keys and values of a step's histories in the order in which its layers ask: layer by layer, in each
-    layer history by history, in each history from the first token on.
+    layer history by history, in each history from the first token on. Of e4m3 pages it is
+    what their bytes say, without scales.
 
     On a GPU the gather of the next tile runs on a stream of its own, beside the attention over this one.
     """
@@ -37,7 +38,7 @@ class HistoryReader:
         self._pool, self._host, self._slot_of = pool, host_pages, slot_of
         self._tile = tile
         shape = (2, 2, tile, geometry.num_kv_heads, geometry.head_dim)
-        self._buffers = torch.empty(shape, dtype=geometry.dtype, device=pool.device)
+        self._buffers = torch.empty(shape, dtype=geometry.compute_dtype, device=pool.device)
         self._stream = torch.cuda.Stream(pool.device) if pool.is_cuda else None
         self._ready: list[torch.cuda.Event | None] = [None, None]
         self._free: list[torch.cuda.Event | None] = [None, None]

@@ -76,10 +76,12 @@ class PageGeometry(ABC):
 class KVGeometry(PageGeometry):
     """Shape of the KV cache of one rank, K and V of grouped-query attention.
 
-    num_layers, num_kv_heads, num_q_heads: counts on this rank. head_dim: elements of one head. dtype: of K and V.
-    block_tokens: tokens in a vLLM block. chunk_tokens: tokens in a chunk; divides block_tokens. layer_lanes: lanes of
-    each layer, 1 or num_kv_heads; lane i of layer l is number ``l * layer_lanes + i``. rank, ranks: place in the
-    tensor-parallel group, and its size.
+    num_layers, num_kv_heads, num_q_heads: counts on this rank. head_dim: elements of one head. dtype: of K and V in
+    pages; uint8 is e4m3 as bytes, see `ops.e4m3`. block_tokens: tokens in a vLLM block. chunk_tokens: tokens in a
+    chunk; divides block_tokens. layer_lanes: lanes of each layer, 1 or num_kv_heads; lane i of layer l is number
+    ``l * layer_lanes + i``. rank, ranks: place in the tensor-parallel group, and its size. model_dtype: of queries and
+    of a step's own keys and values; has to be given where pages are e4m3, and is else dtype. Raises ValueError on sizes
+    that do not divide and dtypes that do not go together.
     """
 
     num_layers: int
@@ -92,6 +94,7 @@ class KVGeometry(PageGeometry):
     layer_lanes: int = 1
     rank: int = 0
     ranks: int = 1
+    model_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.block_tokens % self.chunk_tokens:
@@ -101,6 +104,18 @@ class KVGeometry(PageGeometry):
 
         if self.layer_lanes not in (1, self.num_kv_heads):
             raise ValueError(f"layer_lanes={self.layer_lanes} is neither 1 nor num_kv_heads={self.num_kv_heads}")
+        if not self.compute_dtype.is_floating_point or self.dtype not in (self.compute_dtype, torch.uint8):
+            raise ValueError(f"pages of {self.dtype} do not go with a model of {self.compute_dtype}")
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of queries, of a step's own keys and values, and of mean keys."""
+        return self.dtype if self.model_dtype is None else self.model_dtype
+
+    @property
+    def quantised(self) -> bool:
+        """Whether pages are e4m3 bytes."""
+        return self.dtype == torch.uint8
 
     @property
     def lane_heads(self) -> int:

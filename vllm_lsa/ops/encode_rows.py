@@ -9,6 +9,7 @@ import torch
 
 from vllm_lsa.device.state import PAGE, DeviceRows, DeviceSets
 from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.ops.e4m3 import unscaled
 from vllm_lsa.ops.native import DTYPES, require, require_tensor, unsupported
 from vllm_lsa.ops.product_lse import CENTROIDS, encode_product_naive
 from vllm_lsa.ops.resident_rows import host_delta
@@ -35,6 +36,7 @@ def encode_chunks(
     cells: torch.Tensor,
     chunk: int,
     codec: ProductCodec | None = None,
+    key_scale: float = 1.0,
 ) -> None:
     """Cells of chunks whose tokens are ``k[first_token : first_token + C]``, to ``cells[block, :, chunk_in_block]``.
 
@@ -42,7 +44,7 @@ def encode_chunks(
     the device; entries with first_token < 0 are skipped. cells: uint8 [num_blocks, Hkv, per_block, b], all but the last
     dimension may be strided. chunk: C. With a codec b is M·C and byte m·C + t is token t's code in subspace m; without
     one it is D values of k's dtype, the mean key. Codes are those of `encode_product` but where two centroids are
-    equally near to the precision of fp32.
+    equally near to the precision of fp32. key_scale: what keys are multiplied by.
 
     Nothing is allocated or read back. On CPU tensors this is the twin, unless the kernels were loaded in Triton's
     interpreter. Raises ValueError on a bad shape, dtype or stride; what only the device knows is not checked.
@@ -53,10 +55,10 @@ def encode_chunks(
     _check_lists(k.device, torch.int32, first_token=first_token, block=block, chunk_in_block=chunk_in_block)
     kernels = _kernels(cells.device)
     if kernels is None:
-        return encode_chunks_naive(k, first_token, block, chunk_in_block, cells, chunk, codec)
+        return encode_chunks_naive(k, first_token, block, chunk_in_block, cells, chunk, codec, key_scale)
     kernels.encode(
         kernels.TOKENS, k, first_token, block, chunk_in_block, cells, chunk, k.shape[2], (k.stride(0), k.stride(1)),
-        0, (1, 1, k.shape[1]), codec,
+        0, (1, 1, k.shape[1]), codec, k.dtype, key_scale,
     )  # fmt: skip
 
 
@@ -69,11 +71,12 @@ def encode_pages(
     layer: int,
     geometry: KVGeometry,
     codec: ProductCodec | None = None,
+    key_scale: float = 1.0,
 ) -> None:
     """Cells of full chunks that lie in host pages, for one layer.
 
     host_pages: [M, 2, lane_heads, C, D], pinned host memory. page: int64 [m] on the device, each chunk's page in lane
-    0, or -1 to skip the entry. The rest as in `encode_chunks`.
+    0, or -1 to skip the entry. Mean keys have the geometry's compute_dtype. The rest as in `encode_chunks`.
     """
     _check_pages(host_pages, cells, layer, geometry, codec)
     _check_lists(cells.device, torch.int64, page=page)
@@ -81,8 +84,9 @@ def encode_pages(
     require(len(page) == len(block) == len(chunk_in_block), "page, block and chunk_in_block must be of one length")
     kernels = _kernels(cells.device)
     if kernels is None:
-        return encode_pages_naive(host_pages, page, block, chunk_in_block, cells, layer, geometry, codec)
-    _encode_pages(kernels, kernels.PAGES, host_pages, page, block, chunk_in_block, cells, layer, geometry, codec)
+        return encode_pages_naive(host_pages, page, block, chunk_in_block, cells, layer, geometry, codec, key_scale)
+    lists = page, block, chunk_in_block
+    _encode_pages(kernels, kernels.PAGES, host_pages, *lists, cells, layer, geometry, codec, key_scale)
 
 
 def encode_decoded(
@@ -95,6 +99,7 @@ def encode_decoded(
     layer: int,
     geometry: KVGeometry,
     codec: ProductCodec | None = None,
+    key_scale: float = 1.0,
 ) -> None:
     """Cells of the chunks that the rows' own tokens completed: of each row whose length is a multiple of C.
 
@@ -118,9 +123,10 @@ def encode_decoded(
     require_tensor("rows.block_table", rows.block_table, shape, torch.int32, cells.device)
     kernels = _kernels(cells.device)
     if kernels is None:
-        return encode_decoded_naive(pool, host_pages, rows, slot_of, sets, cells, layer, geometry, codec)
-    table, resident = rows.block_table, (rows, slot_of, sets, host_delta(pool, host_pages))
-    _encode_pages(kernels, kernels.ROWS, pool, rows.length, table, table, cells, layer, geometry, codec, resident)
+        return encode_decoded_naive(pool, host_pages, rows, slot_of, sets, cells, layer, geometry, codec, key_scale)
+    lists = rows.length, rows.block_table, rows.block_table
+    resident = rows, slot_of, sets, host_delta(pool, host_pages)
+    _encode_pages(kernels, kernels.ROWS, pool, *lists, cells, layer, geometry, codec, key_scale, resident)
 
 
 def _encode_pages(
@@ -134,12 +140,13 @@ def _encode_pages(
     layer: int,
     geometry: KVGeometry,
     codec: ProductCodec | None,
+    key_scale: float,
     resident: tuple[DeviceRows, torch.Tensor, DeviceSets, int] | None = None,
 ) -> None:
     g = geometry
     kernels.encode(
         kind, keys, source, blocks, places, cells, g.chunk_tokens, g.head_dim, (0, 0), layer,
-        (g.num_layers, g.layer_lanes, g.lane_heads), codec, resident,
+        (g.num_layers, g.layer_lanes, g.lane_heads), codec, g.compute_dtype, key_scale, resident,
     )  # fmt: skip
 
 
@@ -168,7 +175,7 @@ def _check_pages(
     require_tensor("host_pages", host_pages, shape, g.dtype, torch.device("cpu"))
     require(host_pages.is_contiguous(), "host_pages must be contiguous")
     require(0 <= layer < g.num_layers, f"layer {layer} is outside 0..{g.num_layers - 1}")
-    _check_cells(cells, g.num_kv_heads, g.head_dim, g.dtype, cells.device, g.chunk_tokens, codec)
+    _check_cells(cells, g.num_kv_heads, g.head_dim, g.compute_dtype, cells.device, g.chunk_tokens, codec)
     require(cells.shape[2] == g.chunks_per_block, f"cells have {cells.shape[2]} chunks a block, not that of geometry")
 
 
@@ -198,12 +205,21 @@ def _check_cells(
     )  # fmt: skip
 
 
-def _write(cells: torch.Tensor, block: int, place: int, keys: torch.Tensor, codec: ProductCodec | None) -> None:
-    """The cell of a chunk's keys [Hkv, C, D]."""
+def _write(
+    cells: torch.Tensor,
+    block: int,
+    place: int,
+    keys: torch.Tensor,
+    codec: ProductCodec | None,
+    dtype: torch.dtype,
+    key_scale: float,
+) -> None:
+    """The cell of a chunk's keys [Hkv, C, D]. dtype: of a mean key."""
+    values = unscaled(keys, torch.float32) * key_scale
     if codec is None:
-        cell = keys.mean(1, dtype=torch.float32).to(keys.dtype).contiguous().view(torch.uint8)
+        cell = values.mean(1).to(dtype).contiguous().view(torch.uint8)
     else:
-        cell = encode_product_naive(keys[None].float(), codec.to_code, codec.mean, codec.centroids)[0]
+        cell = encode_product_naive(values[None], codec.to_code, codec.mean, codec.centroids)[0]
     cells[block, :, place] = cell
 
 
@@ -215,11 +231,12 @@ def encode_chunks_naive(
     cells: torch.Tensor,
     chunk: int,
     codec: ProductCodec | None = None,
+    key_scale: float = 1.0,
 ) -> None:
     """Twin of `encode_chunks`, chunk by chunk."""
     for first, b, place in zip(first_token.tolist(), block.tolist(), chunk_in_block.tolist(), strict=True):
         if first >= 0:
-            _write(cells, b, place, k[first : first + chunk].transpose(0, 1), codec)
+            _write(cells, b, place, k[first : first + chunk].transpose(0, 1), codec, k.dtype, key_scale)
 
 
 def encode_pages_naive(
@@ -231,13 +248,14 @@ def encode_pages_naive(
     layer: int,
     geometry: KVGeometry,
     codec: ProductCodec | None = None,
+    key_scale: float = 1.0,
 ) -> None:
     """Twin of `encode_pages`, chunk by chunk."""
     lanes = range(layer * geometry.layer_lanes, (layer + 1) * geometry.layer_lanes)
     for first, b, place in zip(page.tolist(), block.tolist(), chunk_in_block.tolist(), strict=True):
         if first >= 0:
             keys = [host_pages[first + lane * geometry.chunks_per_block, 0] for lane in lanes]
-            _write(cells, b, place, torch.cat(keys).to(cells.device), codec)
+            _write(cells, b, place, torch.cat(keys).to(cells.device), codec, geometry.compute_dtype, key_scale)
 
 
 def encode_decoded_naive(
@@ -250,6 +268,7 @@ def encode_decoded_naive(
     layer: int,
     geometry: KVGeometry,
     codec: ProductCodec | None = None,
+    key_scale: float = 1.0,
 ) -> None:
     """Twin of `encode_decoded`, row by row."""
     g = geometry
@@ -265,4 +284,4 @@ def encode_decoded_naive(
                     e = int(sets.counts[state, lane]) - 1
                     slot = int(sets.slot[sets.pages[state, e // PAGE], lane, e % PAGE])
                 keys.append((pool[slot] if slot >= 0 else host_pages[page].to(pool.device))[0])
-            _write(cells, block, place, torch.cat(keys), codec)
+            _write(cells, block, place, torch.cat(keys), codec, g.compute_dtype, key_scale)

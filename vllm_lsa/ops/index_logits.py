@@ -1,11 +1,11 @@
 """Logits of DeepSeek-V4's paged index keys, as its lightning indexer and the memory indexer score them."""
 
 import sys
-from functools import cache
 from importlib import import_module
 
 import torch
 
+from vllm_lsa.ops.e4m3 import has_e4m3
 from vllm_lsa.ops.native import DTYPES, require, require_tensor, unsupported
 
 _KERNELS = "vllm_lsa.kernels.index_logits"
@@ -17,12 +17,6 @@ HEAD_GROUP = 64
 """Heads that are scored at a time; the sums of the groups add up. DeepGEMM's kernel takes no more."""
 # Values of q·k that the twin holds at a time, so that memory does not grow with the past.
 _AT_ONCE = 1 << 24
-
-
-@cache
-def has_e4m3(device: torch.device) -> bool:
-    """Whether a device converts and multiplies e4m3: CUDA's from compute capability 8.9."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def index_logits(

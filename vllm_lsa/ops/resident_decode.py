@@ -9,6 +9,7 @@ import torch
 
 from vllm_lsa.device.state import PAGE, DeviceRows, DeviceSets
 from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.ops.e4m3 import UNSCALED, KVScales, has_e4m3, unscaled
 from vllm_lsa.ops.early import early
 from vllm_lsa.ops.native import DTYPES, power_of_two, require, require_tensor, unsupported
 
@@ -38,11 +39,11 @@ class DecodeConfig:
         A warp for every 32 tokens: where threads outnumber the tile's tokens, Triton looks a token's page up in every
         thread that needs it, at twice the instructions. Wide heads and fp32, where it matters less, want the registers.
         """
-        row = 2 * power_of_two(geometry.head_dim) * geometry.dtype.itemsize
-        if geometry.dtype.itemsize == 2 and row <= 512:
-            tile = min(128, 2**15 // row)
+        elements, size = 2 * power_of_two(geometry.head_dim), geometry.compute_dtype.itemsize
+        if size == 2 and elements <= 256:
+            tile = min(128, 2**15 // (elements * geometry.dtype.itemsize))
             return cls(tile=tile, warps=tile // 32, stages=3, per_sm=3)
-        return cls(tile=max(16, 2**16 // geometry.dtype.itemsize // row), warps=4, stages=3, per_sm=2)
+        return cls(tile=max(16, 2**16 // size // (elements * size)), warps=4, stages=3, per_sm=2)
 
 
 @dataclass
@@ -114,14 +115,15 @@ def resident_decode(
     out: torch.Tensor,
     scratch: DecodeScratch,
     max_length: int | None = None,
+    scales: KVScales = UNSCALED,
 ) -> None:
     """Attention of one query token per row over the row's chunks in `layer`, written to `out`.
 
     q, out: [T, Hq, D], rows may be strided, heads too; fp32, bf16 or fp16. Row i is token ``rows.token[i]``; what no
-    row with a length names is left alone in `out`. pool: [S, 2, lane_heads, C, D] on the device. host_pages:
-    [M, 2, lane_heads, C, D], pinned host memory. slot_of: int32 [M], the slot of each host page, or -1. scale: factor
-    on q·k. max_length: tokens of the longest row that may come, by default what its block table can hold; with it the
-    number of splits is chosen.
+    row with a length names is left alone in `out`. pool: [S, 2, lane_heads, C, D] on the device, of q's dtype, or
+    uint8: e4m3, whose values are multiplied by `scales`. host_pages: [M, 2, lane_heads, C, D], pinned host memory, of
+    the pool's dtype. slot_of: int32 [M], the slot of each host page, or -1. scale: factor on q·k. max_length: tokens of
+    the longest row that may come, by default what its block table can hold; with it the number of splits is chosen.
 
     A whole row attends to all of its tokens, a row on a budget to the entries of its lanes' sets, where the last one is
     the tail. A chunk without a slot is read from its host page. Rows of length 0, entries from counts on and tokens
@@ -133,7 +135,7 @@ def resident_decode(
     kernels = sys.modules.get(_KERNELS)
     if q.device.type == "cpu":
         if kernels is None or not kernels.INTERPRETED:
-            return resident_decode_naive(q, pool, host_pages, rows, slot_of, sets, layer, geometry, scale, out)
+            return resident_decode_naive(q, pool, host_pages, rows, slot_of, sets, layer, geometry, scale, out, scales)
     elif q.device.type != "cuda":
         raise unsupported(q.device)
     kernels = kernels or import_module(_KERNELS)
@@ -149,18 +151,20 @@ def resident_decode(
         n * q_heads * splits * dim <= scratch.partial.numel() and n * q_heads * splits <= scratch.lse.numel(),
         f"the scratch is for {scratch.rows} rows and shorter ones: {n} rows of {max_length} tokens do not fit",
     )
-    dtype = geometry.dtype
     dim_pad, group = power_of_two(dim), q_heads // kv_heads
+    by_bits = geometry.quantised and not has_e4m3(pool.device)
+    pages = pool.view(torch.float8_e4m3fn) if geometry.quantised and not by_bits else pool
     kernels.attend[(n * kv_heads, splits)](
-        q, pool, rows.token, rows.length, rows.state, rows.block_table, slot_of,
+        q, pages, rows.token, rows.length, rows.state, rows.block_table, slot_of,
         sets.pages, sets.counts, sets.chunk, sets.slot, out, scratch.partial, scratch.lse,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), rows.block_table.stride(0), sets.pages.stride(0),
-        layer, (host_pages.data_ptr() - pool.data_ptr()) // 16, splits, scale * math.log2(math.e),
+        layer, (host_pages.data_ptr() - pool.data_ptr()) // 16, splits,
+        scale * scales.k * math.log2(math.e), 1.0 / scales.v,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, power_of_two(group)), D=dim, D_PAD=dim_pad,
         CHUNK=geometry.chunk_tokens, BLOCK_CHUNKS=geometry.chunks_per_block, LANES=geometry.num_lanes,
-        LANE_HEADS=geometry.lane_heads, SET_PAGE=PAGE, VECTOR=16 // dtype.itemsize, TILE=config.tile,
+        LANE_HEADS=geometry.lane_heads, SET_PAGE=PAGE, VECTOR=16 // geometry.dtype.itemsize, TILE=config.tile,
         MIN_TILES=max(1, _SPLIT_TOKENS // config.tile), DIRECT=splits == 1,
-        WIDEN=kernels.INTERPRETED and dtype == torch.bfloat16,
+        E4M3=by_bits, WIDEN=kernels.INTERPRETED and q.dtype == torch.bfloat16,
         num_warps=config.warps, num_stages=config.stages, **early(pool.device),
     )  # fmt: skip
     if splits > 1:
@@ -181,9 +185,10 @@ def _check(
     geometry: KVGeometry,
     out: torch.Tensor,
 ) -> None:
-    dtype, device, dim, chunk = geometry.dtype, q.device, geometry.head_dim, geometry.chunk_tokens
+    dtype, device, dim, chunk = geometry.compute_dtype, q.device, geometry.head_dim, geometry.chunk_tokens
     require(dtype in DTYPES, f"dtype {dtype} is none of float32, bfloat16, float16")
-    require(dim % 8 == 0, f"head dimension {dim} is not a multiple of 8")
+    multiple = 16 if geometry.quantised else 8
+    require(dim % multiple == 0, f"head dimension {dim} is not a multiple of {multiple}")
     require(chunk % 8 == 0 and chunk <= 64, f"chunk_tokens={chunk} is not a multiple of 8 up to 64")
     require(0 <= layer < geometry.num_layers, f"layer {layer} is outside 0..{geometry.num_layers - 1}")
     for name, x in (("q", q), ("out", out)):
@@ -195,7 +200,7 @@ def _check(
         require(x.stride(2) == 1, f"{name}: the last dimension must be contiguous, got strides {x.stride()}")
     for name, x in (("pool", pool), ("host_pages", host_pages)):
         where = device if name == "pool" else torch.device("cpu")
-        require_tensor(name, x, (x.shape[0], *geometry.page_shape), dtype, where)
+        require_tensor(name, x, (x.shape[0], *geometry.page_shape), geometry.dtype, where)
         require(x.is_contiguous(), f"{name} must be contiguous")
         # One pointer with two ranges of offsets serves both tiers, in loads of 16 bytes.
         require(x.data_ptr() % 16 == 0, f"{name} must begin at a multiple of 16 bytes")
@@ -227,6 +232,7 @@ def resident_decode_naive(
     geometry: KVGeometry,
     scale: float,
     out: torch.Tensor,
+    scales: KVScales = UNSCALED,
 ) -> None:
     """Twin of `resident_decode`, lane by lane; float64 tensors give float64 results."""
     chunk, heads, group = geometry.chunk_tokens, geometry.lane_heads, geometry.num_q_heads // geometry.num_kv_heads
@@ -246,7 +252,8 @@ def resident_decode_naive(
             absent = host_page(rows.block_table[row], chunks[~resident], lane, geometry)
             kv[~resident] = host_pages[absent.to(host_pages.device)].to(kv.device)
             tokens = (len(chunks) - 1) * chunk + (length - 1) % chunk + 1
-            keys, values = kv.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :tokens].to(wide)
+            keys, values = kv.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :tokens]
+            keys, values = scales.k * unscaled(keys, wide), scales.v * unscaled(values, wide)
             weights = (scale * torch.einsum("hgd,htd->hgt", query[i], keys)).softmax(-1)
             part = torch.einsum("hgt,htd->hgd", weights, values).flatten(0, 1)
             out[token, i * heads * group : (i + 1) * heads * group] = part.to(out.dtype)

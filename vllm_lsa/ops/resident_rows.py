@@ -1,7 +1,8 @@
 """The operations of a decode step on the device, besides attention and scores. Capturable in a CUDA graph.
 
-All take the pool ``[S, 2, lane_heads, C, D]`` and the host pages ``[M, 2, lane_heads, C, D]`` of one dtype. Kernels
-reach the host pages from the pool's address: both are in one address space once the host memory is pinned.
+All take the pool ``[S, 2, lane_heads, C, D]`` and the host pages ``[M, 2, lane_heads, C, D]`` of one dtype, that of
+the model or uint8, which is e4m3 (`ops.e4m3`). Kernels reach the host pages from the pool's address: both are in one
+address space once the host memory is pinned.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 
 from vllm_lsa.device.state import NEXT, PAGE, DeviceRefresh, DeviceRows, DeviceSets, DeviceTails
 from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.ops.e4m3 import UNSCALED, KVScales
 from vllm_lsa.ops.early import early
 from vllm_lsa.ops.native import power_of_two, require
 
@@ -48,10 +50,12 @@ def write_rows(
     layer: int,
     geometry: KVGeometry,
     queries: torch.Tensor,
+    scales: KVScales = UNSCALED,
 ) -> None:
     """Write-through of each decode row's K and V, and its queries to the buffer of last ones.
 
     q: [T, Hq, D], k, v: [T, Hkv, D], rows may be strided. tails: as `advance` left them. queries: [R, layers, Hq, D].
+    scales: of e4m3; into pages goes the nearest byte.
     """
     from vllm_lsa.kernels.write import write_rows_kernel
 
@@ -61,9 +65,10 @@ def write_rows(
     write_rows_kernel[(len(rows.length), g.num_kv_heads)](
         q, k, v, pool, queries, rows.token, rows.length, rows.query_row, tails.page, tails.slot,
         host_delta(pool, host_pages), q.stride(0), k.stride(0), v.stride(0), queries.stride(0), g.num_lanes,
-        layer * g.layer_lanes, layer,
+        layer * g.layer_lanes, layer, 1.0 / scales.k, 1.0 / scales.v,
         GROUP=g.num_q_heads // g.num_kv_heads, LANE_HEADS=g.lane_heads, CHUNK=g.chunk_tokens, DIM=g.head_dim,
-        DIM_PAD=power_of_two(g.head_dim), PER_BLOCK=g.chunks_per_block, num_warps=1, **early(pool.device),
+        DIM_PAD=power_of_two(g.head_dim), PER_BLOCK=g.chunks_per_block, E4M3=g.quantised, num_warps=1,
+        **early(pool.device),
     )  # fmt: skip
 
 
@@ -77,23 +82,29 @@ def write_tokens(
     slot_of: torch.Tensor,
     layer: int,
     geometry: KVGeometry,
-) -> None:
+    scales: KVScales = UNSCALED,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Write-through of tokens of prompts: into their host pages, and into the slots of those that have one.
 
     k, v: [T, Hkv, D]. page0: int64 [T], the token's page in lane 0, -1 to leave it out. offset: int32 [T], its place in
     the chunk.
+
+    Returns K and V as pages have them, [T, Hkv, D] of k's dtype: k and v themselves, or new ones with what the bytes of
+    e4m3 say, without scales, and with anything for tokens that were left out.
     """
     from vllm_lsa.kernels.write import write_tokens_kernel
 
     g = geometry
     if not len(page0):
-        return
+        return k, v
+    read_k, read_v = torch.empty((2, *k.shape), dtype=k.dtype, device=k.device) if g.quantised else (None, None)
     write_tokens_kernel[(-(-len(page0) // 16), g.num_kv_heads)](
-        k, v, pool, page0, offset, slot_of, host_delta(pool, host_pages), k.stride(0), v.stride(0),
-        layer * g.layer_lanes, len(page0),
+        k, v, pool, page0, offset, slot_of, read_k, read_v, host_delta(pool, host_pages), k.stride(0), v.stride(0),
+        layer * g.layer_lanes, len(page0), 1.0 / scales.k, 1.0 / scales.v,
         LANE_HEADS=g.lane_heads, CHUNK=g.chunk_tokens, DIM=g.head_dim, DIM_PAD=power_of_two(g.head_dim),
-        PER_BLOCK=g.chunks_per_block, TOKENS=16, num_warps=4,
+        PER_BLOCK=g.chunks_per_block, TOKENS=16, E4M3=g.quantised, num_warps=4,
     )  # fmt: skip
+    return (k, v) if read_k is None or read_v is None else (read_k, read_v)
 
 
 def advance(
@@ -283,7 +294,8 @@ def gather_history(
 ) -> None:
     """K and V of a request's chunks [first_chunk, first_chunk + num_chunks) into keys and values [>= tokens, Hkv, D].
 
-    blocks: int32 or int64, the request's block ids. From slots where there are some, else from the host store.
+    blocks: int32 or int64, the request's block ids. From slots where there are some, else from the host store. Of e4m3
+    pages keys and values get what the bytes say, without scales.
     """
     from vllm_lsa.kernels.pages import gather_history_kernel
 
@@ -292,5 +304,5 @@ def gather_history(
         pool, blocks, slot_of, keys, values, first_chunk, num_chunks, host_delta(pool, host_pages), g.num_lanes,
         layer * g.layer_lanes,
         HEADS=g.num_kv_heads, LANE_HEADS=g.lane_heads, CHUNK=g.chunk_tokens, DIM=g.head_dim,
-        DIM_PAD=power_of_two(g.head_dim), PER_BLOCK=g.chunks_per_block, num_warps=4,
+        DIM_PAD=power_of_two(g.head_dim), PER_BLOCK=g.chunks_per_block, E4M3=g.quantised, num_warps=4,
     )  # fmt: skip

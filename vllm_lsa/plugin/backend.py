@@ -15,12 +15,13 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVQuantMode
 
 from vllm_lsa.device.plan import DevicePlan
 from vllm_lsa.engine import index_layout
 from vllm_lsa.errors import LsaError
 from vllm_lsa.plugin.runtime import DenseRuntime, Runtime
+from vllm_lsa.plugin.validate import CACHE_DTYPES, check_cache_dtype
 from vllm_lsa.residency.plan import StepPlan
 
 
@@ -35,7 +36,7 @@ class LsaBackend(AttentionBackend):
     """Dense GQA/MHA decoder attention with the KV cache on the host. What vLLM pages on the device are index cells."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = list(CACHE_DTYPES)
 
     @staticmethod
     def get_name() -> str:
@@ -68,8 +69,16 @@ class LsaBackend(AttentionBackend):
             raise LsaError(f"--attention-backend LSA cannot serve a {type(spec).__name__} cache: use another backend")
         runtime = Runtime.latest()
         config = runtime.config
-        layout = index_layout(config, config.chunk_tokens, spec.head_size, spec.dtype, runtime.device)
-        return replace(spec, tokens_per_state=config.chunk_tokens, state_content_bytes=layout.cell_bytes)
+        # Of the model's dtype, whatever K and V are stored in.
+        dtype = runtime.vllm_config.model_config.dtype
+        layout = index_layout(config, config.chunk_tokens, spec.head_size, dtype, runtime.device)
+        return replace(
+            spec,
+            dtype=dtype,
+            kv_quant_mode=KVQuantMode.NONE,
+            tokens_per_state=config.chunk_tokens,
+            state_content_bytes=layout.cell_bytes,
+        )
 
 
 class LsaMetadataBuilder(AttentionMetadataBuilder[LsaMetadata]):
@@ -130,7 +139,10 @@ class LsaImpl(AttentionImpl[LsaMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self._runtime = DenseRuntime.of(get_current_vllm_config())
+        vllm_config = get_current_vllm_config()
+        # Some checkpoints ask for fp8 only when their layers are made.
+        check_cache_dtype(kv_cache_dtype, vllm_config)
+        self._runtime = DenseRuntime.of(vllm_config)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         # Before vLLM profiles the device, so that its memory accounting sees the pool.

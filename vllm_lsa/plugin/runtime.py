@@ -19,6 +19,7 @@ from vllm_lsa.errors import LsaError
 from vllm_lsa.host_engine import HostEngine
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.metrics import MetricsWriter
+from vllm_lsa.ops.e4m3 import KVScales
 from vllm_lsa.plugin import metrics as plugin_metrics
 from vllm_lsa.plugin import tensor_parallel
 from vllm_lsa.plugin.scheduler_output import step_update
@@ -134,7 +135,10 @@ class DenseRuntime(Runtime):
             return
         context = self.vllm_config.compilation_config.static_forward_context
         layers = {name: layer for name, layer in context.items() if isinstance(layer, Attention)}
-        shapes = {(a.num_heads, a.num_kv_heads, a.head_size, a.head_size_v, a.impl.scale) for a in layers.values()}
+        shapes = {
+            (a.num_heads, a.num_kv_heads, a.head_size, a.head_size_v, a.impl.scale, a.kv_cache_dtype)
+            for a in layers.values()
+        }
         if len(shapes) != 1 or impl.head_size != next(iter(layers.values())).head_size_v:
             raise LsaError(
                 f"--attention-backend LSA needs layers of one shape with K and V alike, this model has {shapes}"
@@ -152,6 +156,7 @@ class DenseRuntime(Runtime):
             layer_lanes=self.config.layer_lanes(impl.num_kv_heads),
             rank=rank,
             ranks=ranks,
+            model_dtype=self.vllm_config.model_config.dtype,
         )
         self.host_blocks = host_blocks(self.vllm_config, self.config, geometry)
         slots = self.config.pool_slots(geometry, self.host_blocks)
@@ -199,6 +204,10 @@ class DenseRuntime(Runtime):
         if self.engine is None:
             return
         context = self.vllm_config.compilation_config.static_forward_context
+        if isinstance(self.engine, DeviceEngine) and self.engine.geometry.quantised:
+            # Not before: with dummy weights the first layers' scales are noise while the pool is allocated.
+            of_layers = [context[name] for name in self._layers]
+            self.engine.kv_scales = [KVScales(layer._k_scale_float, layer._v_scale_float) for layer in of_layers]
         cells = [context[name].kv_cache.view(torch.uint8) for name in self._layers]
         self.engine.attach(cells[0].shape[0], cells)
 
@@ -228,7 +237,7 @@ class DenseRuntime(Runtime):
 
 def prefill(geometry: KVGeometry) -> PrefillAttention:
     """vLLM's FlashAttention where it takes the dtype, else torch's kernels."""
-    if geometry.dtype == torch.float32:
+    if geometry.compute_dtype == torch.float32:
         return TorchPrefill()
     from vllm_lsa.plugin.prefill import FlashPrefill
 

@@ -7,6 +7,7 @@ import psutil
 import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
 from vllm_lsa.config import GIB, LsaConfig
 from vllm_lsa.device.support import require_supported
@@ -19,6 +20,8 @@ from vllm_lsa.plugin import compat
 from vllm_lsa.plugin import metrics as plugin_metrics
 from vllm_lsa.plugin.backend_name import is_lsa
 
+E4M3 = ("fp8", "fp8_e4m3")
+CACHE_DTYPES = ("auto", "float16", "bfloat16", *E4M3)
 _INSTEAD = "drop it, or use another --attention-backend"
 
 
@@ -34,6 +37,10 @@ def install() -> None:
             LsaConfig.parse(self.additional_config)
         vllm_config = original(self, *args, **kwargs)
         if chosen:
+            if deepseek_v4.is_deepseek_v4(vllm_config) and self.kv_cache_dtype != "auto":
+                raise LsaError(
+                    f"--kv-cache-dtype {self.kv_cache_dtype}: DeepSeek-V4 with LSA has caches of its own: use auto"
+                )
             check(vllm_config)
             plugin_metrics.serve()
         return vllm_config
@@ -54,15 +61,11 @@ def _check_arguments(args: EngineArgs) -> None:
         "--kv-offloading-size": args.kv_offloading_size,
         "--num-gpu-blocks-override": args.num_gpu_blocks_override,
         "--data-parallel-size": args.data_parallel_size > 1 and args.data_parallel_size,
+        "--kv-cache-dtype-skip-layers": args.kv_cache_dtype_skip_layers,
     }
     for name, value in settings.items():
         if value:
             raise LsaError(f"{name} ({_short(value)}) does not work with --attention-backend LSA yet: {_INSTEAD}")
-    if args.kv_cache_dtype != "auto":
-        raise LsaError(
-            f"--kv-cache-dtype {args.kv_cache_dtype}: --attention-backend LSA stores K and V in the model's dtype: "
-            "use auto"
-        )
 
 
 def check(vllm_config: VllmConfig) -> LsaConfig:
@@ -87,9 +90,6 @@ def check(vllm_config: VllmConfig) -> LsaConfig:
         "attention sinks": model.hf_config.model_type == "gpt_oss",
         "logit soft-capping in attention": getattr(text, "attn_logit_softcapping", None),
         "ALiBi positions": model.uses_alibi or model.hf_config.model_type == "step1",
-        "quantised KV caches": vllm_config.cache_config.cache_dtype.startswith(
-            ("fp8", "int", "nvfp4", "turbo", "ultra")
-        ),
         "KV connectors": vllm_config.kv_transfer_config is not None,
     }
     for what, present in refusals.items():
@@ -98,6 +98,7 @@ def check(vllm_config: VllmConfig) -> LsaConfig:
                 f"--model {model.model}: {what} not supported by --attention-backend LSA yet: "
                 "choose another model or backend"
             )
+    check_cache_dtype(vllm_config.cache_config.cache_dtype, vllm_config)
     geometry = geometry_of(vllm_config, config)
     if geometry.head_dim % 16:
         raise LsaError(
@@ -107,7 +108,7 @@ def check(vllm_config: VllmConfig) -> LsaConfig:
     if vllm_config.device_config.device_type == "cuda":
         require_supported(config)
     _check_ranks(vllm_config, config)
-    index_layout(config, geometry.chunk_tokens, geometry.head_dim, geometry.dtype, torch.device("cpu"))
+    index_layout(config, geometry.chunk_tokens, geometry.head_dim, geometry.compute_dtype, torch.device("cpu"))
     _check_backbone(vllm_config, config, geometry)
     blocks = host_blocks(vllm_config, config, geometry)
     config.pool_slots(geometry, blocks)
@@ -120,6 +121,30 @@ def check(vllm_config: VllmConfig) -> LsaConfig:
             "set it lower, or lower --max-model-len"
         )
     return config
+
+
+def check_cache_dtype(chosen: str, vllm_config: VllmConfig) -> None:
+    """Raises LsaError unless K and V are to be stored in the model's dtype or, on a CUDA device, in e4m3.
+
+    chosen: as in --kv-cache-dtype, or as a checkpoint asks for.
+    """
+    model = vllm_config.model_config
+    if chosen not in CACHE_DTYPES:
+        raise LsaError(
+            f"--kv-cache-dtype {chosen}: --attention-backend LSA stores K and V in the model's dtype or in fp8 (e4m3): "
+            "use auto or fp8"
+        )
+    if chosen in E4M3:
+        if vllm_config.device_config.device_type != "cuda":
+            raise LsaError(
+                f"--kv-cache-dtype {chosen}: --attention-backend LSA has no fp8 on a CPU: use auto, or "
+                f"{str(model.dtype).removeprefix('torch.')} if it is the model's checkpoint that asks for fp8"
+            )
+    elif kv_cache_dtype_str_to_dtype(chosen, model) != model.dtype:
+        raise LsaError(
+            f"--kv-cache-dtype {chosen}: --attention-backend LSA stores K and V in the model's dtype, which is "
+            f"{model.dtype}, or in fp8: use auto or fp8"
+        )
 
 
 def geometry_of(vllm_config: VllmConfig, config: LsaConfig) -> KVGeometry:
@@ -136,11 +161,12 @@ def geometry_of(vllm_config: VllmConfig, config: LsaConfig) -> KVGeometry:
         num_q_heads=model.get_num_attention_heads(parallel),
         num_kv_heads=heads,
         head_dim=model.get_head_size(),
-        dtype=model.dtype,
+        dtype=kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model),
         block_tokens=block,
         chunk_tokens=config.chunk_tokens,
         layer_lanes=config.layer_lanes(heads),
         ranks=parallel.tensor_parallel_size,
+        model_dtype=model.dtype,
     )
 
 
