@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.kernels import DEVICE, load
-from tests.v4.pages import DATA_BYTES, SCALE_BYTES, Pages
+from tests.v4.pages import state_bytes
 from vllm_lsa.config import LsaConfig
 from vllm_lsa.models.deepseek_v4.device_engine import DeepseekV4DeviceEngine, entry_view
 from vllm_lsa.models.deepseek_v4.engine import DeepseekV4Engine
@@ -151,17 +151,11 @@ class Exact(Both):
                 named, found = named[named >= 0], found[found >= 0]
                 slots = tables.slots[layer, row].cpu().long()
                 blocks = torch.from_numpy(gpu_plan.rows[row].request.blocks).long()
-                there = entries_of(self.gpu.pool_pages().cpu(), slots[found // 64], found % 64)
-                assert torch.equal(there, entries_of(store, blocks[named // 64], named % 64))
+                there = state_bytes(self.gpu.pool_pages().cpu(), 64, slots[found // 64], found % 64)
+                assert torch.equal(there, state_bytes(store, 64, blocks[named // 64], named % 64))
                 missing = slots[named // 64] < 0
                 self.entries += int(missing.sum())
                 self.pages += len((named // 64)[missing].unique())
-
-
-def entries_of(pages: torch.Tensor, page: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
-    """Bytes of entries [n, 584] of pages uint8 [M, page bytes]."""
-    view = Pages.of(pages, 64, DATA_BYTES, SCALE_BYTES)
-    return torch.cat([view.data[page, entry], view.scales[page, entry]], dim=1)
 
 
 @pytest.mark.parametrize("lead, budget", [(2, 0.4), (0, 0.01)])
@@ -177,6 +171,9 @@ def test_exact_finds_everything_that_was_chosen(lead, budget):
     both.step({short: 1}, finished=(long,))
     assert both.compared > 25 and both.sparse > 12
     # What was read is counted, and no set has changed for it.
+    both.gpu.counted()  # asks
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
     counts = both.gpu.counted()
     assert both.entries > 0 and counts["bytes_streamed"] == both.entries * 584
     assert counts["chunks_missed"] == both.pages + both.gpu.lookahead.counts.chunks_missed

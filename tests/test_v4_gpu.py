@@ -123,3 +123,29 @@ def test_a_request_whose_sets_are_chosen_ahead_is_preempted_and_comes_back(path,
         assert lsa["pages"] > LAYERS * 100 * 9
     else:
         assert lsa["oracle"] > 50 and any(held < whole for held, whole in lsa["held"])
+
+
+@pytest.mark.parametrize(
+    "graphs, keys",
+    [(False, "device"), (True, "device"), (False, "host")],
+    ids=["eager-device", "graphs-device", "eager-host"],
+)
+def test_exact_reads_what_it_chose_from_everything(path, tmp_path, graphs, keys):
+    """In each layer 20 pages: of the longest 36 at most 10 are kept, and the model chooses from all of them."""
+    page = PAGE + (KEYS if keys == "host" else 0)
+    settings = {"indexer": "exact", "budget": 0.3, "period": 16, "index_keys": keys}
+    settings |= {"sink_tokens": 256, "recency_tokens": 256, "device_pool_gib": 20 * LAYERS * page / 2**30}
+    lsa = run(tmp_path, path, SPARSE, settings, graphs)
+    assert [len(tokens) for told in lsa["tokens"] for tokens in told] == [90, 50, 50, 50]
+    counts, (entries, pages, kept) = lsa["counts"], lsa["missing"]
+    assert counts["cycles"] >= 5 and lsa["pinned"] == 0
+    assert entries > pages > 0
+    if graphs:
+        assert lsa["pages"] > LAYERS * 89 * 4
+        # What one layer read is at most what all did.
+        assert 584 * entries <= counts["bytes_streamed"] and pages <= counts["chunks_missed"] - kept
+        assert counts["bytes_streamed"] % 584 == 0
+    else:
+        assert lsa["from_store"] == LAYERS * (89 + 3 * 49)
+        assert lsa["oracle"] > 50 and any(held < whole for held, whole in lsa["held"])
+        assert counts["bytes_streamed"] == 584 * entries and counts["chunks_missed"] == pages + kept

@@ -27,7 +27,7 @@ from vllm.models.deepseek_v4.cpu.cpu_sparse import DeepseekV4CPUAttention
 from tests.generate import run_batch
 from tests.v4 import oracle
 from tests.v4.attention import TOP_K
-from tests.v4.pages import DATA_BYTES, SCALE_BYTES, Pages
+from tests.v4.pages import state_bytes
 from tests.v4.scorer_twin import Scorers, best_pages
 from vllm_lsa.plugin.runtime import Runtime
 from vllm_lsa.residency.requests import StepUpdate
@@ -66,7 +66,7 @@ class Watch:
             page, entry = chosen // size, chosen % size
             blocks, slots = plan.table[row].long()[page], read.table[row][page]
             assert (slots >= 0).all()
-            assert torch.equal(_entries(read.pages, slots, entry), _entries(store, blocks, entry))
+            assert torch.equal(state_bytes(read.pages, size, slots, entry), state_bytes(store, size, blocks, entry))
             self._check_choice(attention, plan, row, chosen)
             states = oracle.states(store, size, (blocks * size + entry).numpy())
             expected[token] = self._attended(attention, token, q, positions, states)
@@ -145,12 +145,6 @@ class Watch:
             return mask
 
         engine.lookahead._select = select
-
-
-def _entries(pages: torch.Tensor, page: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
-    """Bytes of entries [n, 584] of pages uint8 [M, bytes] in any stride."""
-    view = Pages.of(pages, 64, DATA_BYTES, SCALE_BYTES)
-    return torch.cat([view.data[page, entry], view.scales[page, entry]], dim=1)
 
 
 def watch(kind: type, seen: Watch) -> None:

@@ -3,11 +3,14 @@
 SPEC and OUT as in `tests.v4_watched`, with fewer results: {"tokens", "chosen", "preemptions", "counts", "pinned",
 "oracle": rows compared with the oracle, "from_store": rows whose attention was repeated out of the store, "held":
 [resident pages, all of them] of each row and step, "steps": of each selection, the decode steps since a period began,
-"selected": selections compared with the twin of the memory indexer}. Layers are watched outside CUDA graphs; with them
-"pages" are instead: those of which the pool holds what the store does, after a step.
+"selected": selections compared with the twin of the memory indexer, "missing": with indexer="exact" [entries that rows
+chose and had no slot for, pages that these were on, kept pages without a slot]}. Layers are watched outside CUDA
+graphs; with them "pages" are instead: those of which the pool holds what the store does, after a step, and "missing" is
+of the last layer.
 
-With LSA, each row of one token is checked after each layer: the entries chosen are the best that its set has, they hold
-in the pool what the store holds, and the result is that of `tests.v4.oracle`. A memory indexer's scores, from fp8
+With LSA, each row of one token is checked after each layer: the entries chosen are the best that its set has (all of
+its history, if it is exact), they hold in the pool what the store holds, staged entries included, and the result is
+that of `tests.v4.oracle`. A memory indexer's scores, from fp8
 queries, are near those of a float64 twin, and its pages are what the rule makes of them.
 """
 
@@ -27,6 +30,7 @@ from vllm.models.deepseek_v4.nvidia.flashmla import DeepseekV4FlashMLAAttention
 from tests.generate import run_batch
 from tests.v4 import oracle
 from tests.v4.attention import TOP_K
+from tests.v4.pages import state_bytes
 from tests.v4.scorer_twin import Scorers, best_pages
 from vllm_lsa.plugin.runtime import Runtime
 from vllm_lsa.residency.requests import StepUpdate
@@ -45,6 +49,7 @@ class Watch:
         self.oracle = 0
         self.from_store = 0
         self.pages = 0
+        self.missing = [0, 0]
         self.held: list[list[int]] = []
         self.steps: list[int] = []
         self.selected = 0
@@ -67,9 +72,8 @@ class Watch:
             count = int(tables.entries[row])
             pages = -(-count // size)
             blocks, slots = tables.table[row, :pages].cpu().long(), tables.slots[layer, row, :pages].long()
-            pool = engine.pool.pages.view(len(engine.pool.pages), -1)[slots].cpu()
-            full = count // size
-            assert torch.equal(pool[:full], store[blocks[:full]])
+            full = (slots >= 0) & (torch.arange(pages, device=slots.device) < count // size)
+            assert torch.equal(engine.pool_pages()[slots[full]].cpu(), store[blocks[full.cpu()]])
             chosen = attention.topk_indices_buffer[row].cpu().long()
             chosen = chosen[chosen >= 0]
             assert len(chosen.unique()) == min(TOP_K, count), (len(chosen.unique()), count)
@@ -77,16 +81,22 @@ class Watch:
             self.check_choice(engine, layer, plan, row, blocks.numpy(), count, chosen.numpy())
             if layer == 0:
                 request = plan.rows[row].request
-                self.held.append([pages, -(-engine.geometry.num_entries(request.length) // size)])
+                self.held.append([int((slots >= 0).sum()), -(-engine.geometry.num_entries(request.length) // size)])
+            check_entries(engine, layer, row, blocks, attention.topk_indices_buffer)
             if row < ROWS:
-                page, entry = chosen // size, chosen % size
-                states = oracle.states(store, size, (blocks[page] * size + entry).numpy())
-                again = oracle.states(pool, size, (page * size + entry).numpy())
-                assert np.array_equal(states, again)
+                states = oracle.states(store, size, (blocks[chosen // size] * size + chosen % size).numpy())
                 want = self.attended(attention, row, q, positions, states)
                 got = output[row, : want.shape[0]].double().cpu().numpy()
                 assert np.abs(got - want).max() <= 2**-6 * np.abs(want).max()
                 self.oracle += 1
+
+    def count_missing(self, engine: Any, layer: int, rows: list[int], chosen: torch.Tensor) -> None:
+        """With everything chosen from: what of it had no slot."""
+        for row in rows:
+            page = chosen[row][chosen[row] >= 0].long() // engine.geometry.entries
+            page = page[engine.tables.slots[layer, row, page] < 0]
+            self.missing[0] += len(page)
+            self.missing[1] += len(page.unique())
 
     def check_choice(
         self, engine: Any, layer: int, plan: Any, row: int, blocks: np.ndarray, count: int, chosen: np.ndarray
@@ -163,6 +173,21 @@ class Watch:
         return got.tolist()
 
 
+def check_entries(engine: Any, layer: int, row: int, blocks: torch.Tensor, chosen: torch.Tensor) -> None:
+    """Attention of a row has read in the pool, and in its staging pages, what the store holds, bit for bit.
+
+    blocks: int64 [W]. chosen: int32 [n, 512] of all rows. With indexer="exact" the last layer that ran is meant.
+    """
+    size, here = engine.geometry.entries, chosen[row] >= 0
+    where = chosen if engine.exact is None else engine._places
+    at, named = where[row][here].long(), chosen[row][here].cpu().long()
+    assert (at >= 0).all() and (engine.exact is None or (where[row][~here] == -1).all())
+    slots = engine.tables.slots[layer, row, at // size].long()
+    assert (slots >= 0).all()
+    read = state_bytes(engine.pool_pages(), size, slots, at % size).cpu()
+    assert torch.equal(read, state_bytes(engine.layer_pages(layer), size, blocks[named // size], named % size))
+
+
 def watch_inputs(seen: Watch) -> None:
     """Keep what each c4 layer's indexer is given, and the attention input of each request's last token."""
     from vllm_lsa.models.deepseek_v4.cuda_hooks import LsaAttention
@@ -209,6 +234,8 @@ def watch(seen: Watch, every: int) -> None:
         plan = getattr(metadata[self.indexer.k_cache.prefix], "plan", None)
         if plan is not None and plan.pool_rows:
             from_store(self, q, output, metadata)
+            if self._engine.exact is not None:
+                seen.count_missing(self._engine, self._layer, plan.pool_rows, self.topk_indices_buffer)
             calls += 1
             if calls % every == 0 or self._layer == 0:
                 seen.check(self, plan, q, positions, output)
@@ -216,8 +243,10 @@ def watch(seen: Watch, every: int) -> None:
     DeepseekV4FlashMLAAttention.forward_mqa = forward_mqa
 
 
-def watch_pages(engine: Any, seen: Watch) -> None:
-    """Before each plan: what the step before has left in the pool is what it left in the store, in graphs as well."""
+def watch_pages(runtime: Any, seen: Watch) -> None:
+    """Before each plan: what the step before has left in the pool is what it left in the store, in graphs as well. With
+    indexer="exact" also what its last c4 layer read."""
+    engine, last_layer = runtime.engine, runtime._attentions[-1]
     stock, last = engine.plan, []
 
     def plan(rows: Any) -> Any:
@@ -226,10 +255,16 @@ def watch_pages(engine: Any, seen: Watch) -> None:
             for layer in range(engine.geometry.num_layers):
                 for row in made.pool_rows:
                     pages = -(-int(made.entries[row]) // engine.geometry.entries)
-                    slots = made.slots[layer, row, :pages].to(engine.pool.pages.device)
-                    blocks = made.table[row, :pages].long()
+                    here = made.slots[layer, row, :pages] >= 0
+                    slots = made.slots[layer, row, :pages][here].to(engine.pool.pages.device)
+                    blocks = made.table[row, :pages][here].long()
                     assert torch.equal(engine.pool_pages()[slots].cpu(), engine.layer_pages(layer)[blocks])
-                    seen.pages += pages
+                    seen.pages += len(slots)
+            if engine.exact is not None and made.pool_rows:
+                chosen = last_layer.topk_indices_buffer
+                for row in made.pool_rows:
+                    check_entries(engine, last_layer._layer, row, made.table[row].long(), chosen)
+                seen.count_missing(engine, last_layer._layer, made.pool_rows, chosen)
         last[:] = [stock(rows)]
         return last[0]
 
@@ -248,18 +283,22 @@ def main() -> None:
         scorers = Scorers(indexer, Path(spec["llm"]["model"])) if indexer.is_absolute() else None
         seen.selecting(engine, scorers)
         if not eager:
-            watch_pages(engine, seen)
+            watch_pages(Runtime.latest(), seen)
         else:
             watch_inputs(seen)
     tokens = [run_batch(llm, {"name": f"batch-{n}", **batch}) for n, batch in enumerate(spec["batches"])]
     metrics = {metric.name: metric for metric in llm.llm_engine.get_metrics()}
     result: dict[str, Any] = {"tokens": tokens, "chosen": sorted(seen.chosen), "held": seen.held}
     result |= {"oracle": seen.oracle, "from_store": seen.from_store, "pages": seen.pages}
-    result |= {"steps": seen.steps, "selected": seen.selected}
+    result |= {"steps": seen.steps, "selected": seen.selected, "missing": seen.missing}
     result |= {"preemptions": int(metrics["vllm:num_preemptions"].value)}
     if settings is not None:
         engine = Runtime.latest().engine
         engine.open_step(StepUpdate(finished=list(engine.mirror.requests)))
+        torch.cuda.synchronize()
+        engine.counted()  # asks the device for what it has counted
+        torch.cuda.synchronize()
+        result["missing"].append(engine.lookahead.counts.chunks_missed)
         result |= {"counts": engine.counted(), "pinned": engine.pool.num_pinned}
     json.dump(result, open(sys.argv[2], "w"))
 

@@ -43,6 +43,13 @@ class Pages:
         return slots // states, slots % states
 
 
+def state_bytes(pages: torch.Tensor, states: int, page: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, 584]: data, then scales, of fp8_ds_mla states `place` int64 [n] of pages `page` int64 [n] of uint8
+    pages [B, stride], which have `states` each."""
+    view = Pages.of(pages, states, DATA_BYTES, SCALE_BYTES)
+    return torch.cat([view.data[page, place], view.scales[page, place]], dim=1)
+
+
 def rotate(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, inverse: bool = False) -> torch.Tensor:
     """GPT-J rotation of the last 64 of x fp32 [T, ..., D] by positions [T]; cos_sin fp32 [P, 64], cosines first.
 

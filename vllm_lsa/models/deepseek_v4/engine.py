@@ -184,7 +184,7 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
         if not self.lookahead.is_decode(request):
             return request.blocks[: g.chunks(request.length)], None, entries
         if self.exact is not None:
-            found = np.stack([self.exact.slots(request, layer) for layer in range(g.num_layers)])
+            found = self.exact.every_slot(request)
             return request.blocks[: found.shape[1]], found, entries
         resident = self.lookahead.resident(request)
         # One set for all layers, so that one order serves all.

@@ -50,6 +50,14 @@ class ExactSets:
         found[chunks] = slots
         return found
 
+    def every_slot(self, request: Request) -> np.ndarray:
+        """`slots` of all layers, int64 [L, chunks]."""
+        resident = self._lookahead.resident(request)
+        used = np.arange(resident.chunks.shape[1]) < resident.counts[:, None]
+        found = np.full((len(used), self._geometry.chunks(request.length)), -1, np.int64)
+        found[np.nonzero(used)[0], resident.chunks[used]] = resident.slots[used]
+        return found
+
 
 class ExactReads(ExactSets):
     """Sets that a step's own choice changes. Usage of a page: its share of the entries chosen."""
