@@ -247,6 +247,7 @@ def add_arguments(parser: argparse.ArgumentParser, stem: str, default: Sequence[
     )
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--speed", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.set_defaults(ranks=1)
 
 
 def emit(path: Path, row: dict[str, Any]) -> None:
@@ -279,7 +280,7 @@ def run_all(
     lines.write_text("")
     env = {
         **os.environ,
-        **(several.ENVIRONMENT if getattr(args, "ranks", 1) > 1 else {}),
+        **(several.ENVIRONMENT if args.ranks > 1 else {}),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
