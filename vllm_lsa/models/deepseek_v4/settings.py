@@ -12,7 +12,8 @@ PAGE_TOKENS = C4_TOKENS * PAGE_ENTRIES
 TOP_K_TOKENS = C4_TOKENS * TOP_K
 INDEXERS = ("native", "exact", "recency", "random", "keep_all")
 """Training-free policies for c4 pages. native: the model's own indexer, asked with the last query of each layer. exact:
-begun likewise, and in every step the model's own indexer chooses from all pages, those on the host included.
+begun likewise, and in every step the model's own indexer chooses from all pages, those on the host included; on a CPU
+what it chose changes the set, on a CUDA device sets stay for a cycle and what they lack passes through.
 
 Besides them a memory indexer, by its path."""
 
