@@ -40,7 +40,8 @@ class EntryPlan:
 
     rows: in the order of the batch. table: int32 [R, W], blocks whose entries each row chooses from, in order, 0
     behind: the resident ones for a row that decodes, all of its own for the others. entries: int32 [R], entries there.
-    slots: int64 [L, R, W], where the pages of decoding rows are in the pool; -1 for none. Exact, on a CPU: changed by each layer.
+    slots: int64 [L, R, W], where the pages of decoding rows are in the pool; -1 for none. Exact: on a CPU each layer
+    changes it.
     pool_rows, host_rows: rows that read the pool, and the store: prompts, and rows that decode with kept pages that got
     no slot. token_row: int64 [t].
     written_pages: int64 [n], pages (of the first layer) that this step adds entries to, and that have a slot in the
