@@ -13,6 +13,7 @@ class DeviceCounts:
         self._arrived: torch.cuda.Event | None = None
         self._seen = [0] * size
 
+    @torch.inference_mode()
     def read(self) -> list[int]:
         """The counts as they were when an earlier call asked for them, as far as the stream has come since; asks again.
         On a CPU as they are."""

@@ -151,9 +151,10 @@ class DeepseekV4DeviceEngine(DeepseekV4Engine):
     def counted(self) -> dict[str, float]:
         """As in the base class; what passes through is known a step or two later."""
         counts = super().counted()
-        entries, pages = self._missing.read()
-        counts["bytes_streamed"] += entries * ENTRY_BYTES
-        counts["chunks_missed"] += pages
+        if self.exact is not None:
+            entries, pages = self._missing.read()
+            counts["bytes_streamed"] += entries * ENTRY_BYTES
+            counts["chunks_missed"] += pages
         return counts
 
     def note_on_device(
