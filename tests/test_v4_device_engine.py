@@ -242,3 +242,34 @@ def test_a_step_of_nobody_reads_and_notes_nothing():
         both.gpu.write_through_on_device(layer, REQUESTS)
     assert torch.equal(kept, both.gpu.pool.pages) and not both.gpu.tables.entries.any()
     assert (both.gpu.tables.last_row == REQUESTS).all()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="what scores pinned memory there needs vLLM's view of it")
+@pytest.mark.parametrize("indexer", ["native", "exact"])
+def test_index_keys_in_pages_are_found_where_rows_look(indexer):
+    """Of the second layer, whose keys are behind the entries: in the pool, or all of them in the store."""
+    geometry = EntryGeometry(
+        num_layers=LAYERS, num_page_bytes=37440 + 8640, entries=64, entry_tokens=4, index_bytes=PAGE_BYTES,
+        key_layers=1, key_offset=37440,
+    )  # fmt: skip
+    config, length = settings(indexer=indexer), 18 * PAGE_TOKENS + 700
+    engine = DeepseekV4DeviceEngine(config, geometry, LAYERS * 14, REQUESTS, length, LENGTH, HEADS, DEVICE)
+    engine.attach(BLOCKS, [torch.zeros(BLOCKS, PAGE_BYTES, dtype=torch.uint8, device=DEVICE), None])
+    assert engine.store is not None
+    generator = torch.Generator().manual_seed(1)
+    # Finite and above 0, as codes and as scales.
+    engine.store.pages.copy_(torch.randint(1, 56, engine.store.pages.shape, generator=generator, dtype=torch.uint8))
+    blocks = torch.randperm(BLOCKS, generator=generator)[: geometry.chunks(length + 1)]
+    new, later = NewRequest("one", blocks.tolist(), 0, length), RequestUpdate("one", [], length, False)
+    engine.open_step(StepUpdate(new=[new], num_scheduled={"one": length}))
+    engine.plan([("one", length)])
+    engine.open_step(StepUpdate(cached=[later], num_scheduled={"one": 1}))
+    engine.plan([("one", 1)])
+    keys, table = engine.decode_keys(1, 1)
+    assert keys.shape[1:] == (64, 132) and table.dtype == torch.int32 and len(table) == 1
+    pages = -(-int(engine.tables.entries[0]) // 64)
+    named, shown = table[0, :pages].long(), engine.tables.table[0, :pages].cpu().long()
+    # The page that is being written is repeated later, by the step's own kernels.
+    found = keys[named.to(keys.device)][:-1].cpu().flatten(1)
+    assert torch.equal(found, engine.layer_pages(1)[shown, 37440 : 37440 + PAGE_BYTES][:-1])
+    assert (pages == len(blocks)) == (indexer == "exact") and torch.isin(shown, blocks).all()
