@@ -8,7 +8,20 @@ import torch
 
 from tests import random_checkpoint
 from tests.kernels import DEVICE, load
-from tests.test_engine import CHUNK, DIM, HKV, HQ, LAYERS, SCALE, Simulation, config, copy_a_block, run, share_a_prefix
+from tests.test_engine import (
+    CHUNK,
+    DIM,
+    HKV,
+    HQ,
+    LAYERS,
+    SCALE,
+    Simulation,
+    config,
+    copy_a_block,
+    run,
+    share_a_prefix,
+    share_a_prefix_in_one_step,
+)
 from vllm_lsa.device.engine import DeviceEngine
 from vllm_lsa.device.state import PAGE
 from vllm_lsa.engine import LsaEngine
@@ -203,6 +216,10 @@ def test_more_requests_than_the_pool_has_room_for(demand):
 @pytest.mark.parametrize("kind", [DeviceSimulation, QuantisedSimulation])
 def test_prefix_sharing_shares_slots(kind):
     share_a_prefix(kind)
+
+
+def test_prefix_that_another_request_writes_in_the_same_step():
+    share_a_prefix_in_one_step(DeviceSimulation)
 
 
 @pytest.mark.parametrize("kind", [DeviceSimulation, QuantisedSimulation])

@@ -315,6 +315,30 @@ def share_a_prefix(kind: type[Simulation]) -> None:
     simulation.leak_check()
 
 
+def test_prefix_that_another_request_writes_in_the_same_step():
+    share_a_prefix_in_one_step(Simulation)
+
+
+def share_a_prefix_in_one_step(kind: type[Simulation]) -> None:
+    """vLLM finds a prefix in blocks that it has just planned to fill: by prompts, or by the last token of a decode."""
+    simulation = kind(config(budget=1.0), slots=LAYERS * HKV * 400)
+    first = simulation.add(95, 140)
+    # Those that the first one gets.
+    simulation.shared = simulation.free[:-5:-1]
+    hits = simulation.hits
+    simulation.hits = lambda state: [] if state is first_state else hits(state)
+    first_state = simulation.live[first]
+    second, third = simulation.add(90, 100), simulation.add(65, 70)
+    simulation.step({first: 95, second: 26, third: 1})
+    assert simulation.live[second]["computed"] == 90 and simulation.live[third]["computed"] == 65
+    fourth = simulation.add(130, 140)
+    simulation.shared = simulation.live[first]["blocks"][:3]  # its third block is full with the token of this step
+    simulation.step({first: 1, second: 1, third: 1, fourth: 30})
+    assert simulation.live[fourth]["computed"] == 3 * BLOCK + 30
+    simulation.step({first: 1, second: 1, third: 1, fourth: 4})
+    simulation.leak_check()
+
+
 def test_copied_blocks_are_copied_in_the_store_and_lose_their_slots():
     copy_a_block(Simulation)
 

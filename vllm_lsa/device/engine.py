@@ -191,7 +191,7 @@ class DeviceEngine(LsaEngine[DevicePlan]):
             self._renew(selection)
         self._continue_refresh([placed[i].request for i in decodes])
         if prefills:
-            step.prefill = self._plan_prefill(prefills, sum(row.length for row in placed))
+            step.prefill = self._plan_prefill(prefills, placed)
             self._history.begin([h for h in step.prefill.histories if h.tokens])
         return step
 
@@ -221,9 +221,12 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         else:
             table[:n, :width] = block_table[self._upload(np.array(places)), :width]
 
-    def _plan_prefill(self, rows: list[Row], num_tokens: int) -> PrefillPlan:
+    def _plan_prefill(self, rows: list[Row], placed: list[Row]) -> PrefillPlan:
+        """rows: those of `placed`, all of the batch, that have several tokens."""
         assert self.store is not None
         g, size = self.geometry, self.geometry.chunk_tokens
+        num_tokens = sum(row.length for row in placed)
+        written = np.concatenate([self._written(row.request) for row in placed])
         page0 = np.full(num_tokens, -1, np.int64)
         offset = np.zeros(num_tokens, np.int32)
         whole: list[np.ndarray] = []
@@ -243,11 +246,13 @@ class DeviceEngine(LsaEngine[DevicePlan]):
             partial = done * size < request.num_computed
             whole.append(np.stack([first, block, place])[:, ~partial])
             begun.append(np.stack([self.store.page_ids(request.blocks, done), block, place])[:, partial])
+            others = np.setdiff1d(written, self._written(request))
             histories.append(
                 History(
-                    self._upload(request.blocks.astype(np.int64)),
-                    request.num_computed,
-                    self.control.is_whole(request),
+                    blocks=self._upload(request.blocks.astype(np.int64)),
+                    tokens=request.num_computed,
+                    resident=self.control.is_whole(request),
+                    fresh=bool(np.isin(request.blocks[: g.blocks(request.num_computed)], others).any()),
                 )
             )
         filled, rest = np.concatenate(whole, 1), np.concatenate(begun, 1)
@@ -262,6 +267,11 @@ class DeviceEngine(LsaEngine[DevicePlan]):
             last_token=self._upload(np.array([r.start + r.length - 1 for r in rows], np.int64)),
             query_row=self._upload(np.array([self.control.row(r.request) for r in rows], np.int64)),
         )
+
+    def _written(self, request: Request) -> np.ndarray:
+        """Blocks that the step writes tokens of a request to."""
+        size = self.geometry.block_tokens
+        return request.blocks[request.num_computed // size : self.geometry.blocks(request.length)]
 
     def _renew(self, selection: Selection) -> None:
         """Choose a request's set and copy what it lacks, before the step's attention reads it."""
@@ -375,18 +385,22 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         self, plan: DevicePlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
     ) -> None:
         """Attention of one layer. q, out: [t, Hq, D]; k, v: [t, Hkv, D], RoPE applied. Writes out."""
+        assert self.store is not None
+        # What is written comes before what is read: a row's prefix may be in blocks that others fill in this very step.
+        if len(plan.rows.length):
+            ops.write_rows(
+                q, k, v, self.pool.pages, self.store.pages, plan.rows, self._tails, layer, self.geometry,
+                self._queries, self.kv_scales[layer],
+            )  # fmt: skip
         if plan.prefill is not None:
             self._attend_prompts(plan.prefill, layer, q, k, v, out)
         if len(plan.rows.length):
-            self._decode(plan, layer, q, k, v, out)
+            self._decode(plan, layer, q, out)
 
-    def _decode(
-        self, plan: DevicePlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
-    ) -> None:
+    def _decode(self, plan: DevicePlan, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
         assert self.store is not None
         g, config, rows, sets = self.geometry, self.config, plan.rows, self.sets
         pool, host, scales = self.pool.pages, self.store.pages, self.kv_scales[layer]
-        ops.write_rows(q, k, v, pool, host, rows, self._tails, layer, g, self._queries, scales)
         for encoded, parts in self._parts:
             codec = _codec(encoded, layer)
             encode_decoded(pool, host, rows, self._slot_of, sets, parts[layer], layer, g, codec, scales.k)

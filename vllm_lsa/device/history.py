@@ -15,11 +15,15 @@ FEW, MANY = 16, 256
 
 @dataclass
 class History:
-    """A prompt's tokens from earlier steps. blocks: int64 on the device. resident: whether its chunks have slots."""
+    """A prompt's tokens that are not its row's. blocks: int64 on the device. resident: whether its chunks have slots.
+    fresh: whether other rows of the same step write some of them, layer by layer, as where requests with a common
+    prefix come together; if not, all are from earlier steps.
+    """
 
     blocks: torch.Tensor
     tokens: int
     resident: bool
+    fresh: bool = False
 
 
 class HistoryReader:
@@ -27,7 +31,8 @@ class HistoryReader:
     layer history by history, in each history from the first token on. Of e4m3 pages it is
     what their bytes say, without scales.
 
-    On a GPU the gather of the next tile runs on a stream of its own, beside the attention over this one.
+    On a GPU the gather of the next tile runs on a stream of its own, beside the attention over this one. Fresh
+    histories are gathered when they are asked for: before that their layer may not have been written.
     """
 
     def __init__(
@@ -47,7 +52,8 @@ class HistoryReader:
         self.bytes_streamed = 0
 
     def begin(self, histories: list[History]) -> None:
-        """A step's histories, before its first layer; what they are to hold has been submitted by now."""
+        """A step's histories, before its first layer. What they hold has been submitted by now, unless they are fresh:
+        then it has been before they are taken."""
         self._tiles = [
             (layer, history, first)
             for layer in range(self._geometry.num_layers)
@@ -58,7 +64,7 @@ class HistoryReader:
         if self._tiles:
             if self._stream is not None:
                 self._stream.wait_stream(torch.cuda.current_stream())
-            self._gather(0)
+            self._gather_ahead(0)
 
     def tiles(self, history: History) -> range:
         """First tokens of a history's tiles; `take` hands them out in this order."""
@@ -79,31 +85,40 @@ class HistoryReader:
                 free = torch.cuda.Event()
                 free.record(current)
                 self._free[1 - half] = free
-            ready = self._ready[half]
-            assert ready is not None
-            current.wait_event(ready)
+            if not history.fresh:
+                ready = self._ready[half]
+                assert ready is not None
+                current.wait_event(ready)
+        if history.fresh:
+            self._gather(index)
         if index + 1 < len(self._tiles):
-            self._gather(index + 1)
+            self._gather_ahead(index + 1)
         tokens = min(self._tile, history.tokens - first)
         return self._buffers[half, 0, :tokens], self._buffers[half, 1, :tokens]
 
+    def _gather_ahead(self, index: int) -> None:
+        if self._tiles[index][1].fresh:
+            return
+        if self._stream is None:
+            self._gather(index)
+            return
+        half = index % 2
+        if (free := self._free[half]) is not None:
+            self._stream.wait_event(free)
+        with torch.cuda.stream(self._stream):
+            self._gather(index)
+            ready = torch.cuda.Event()
+            ready.record(self._stream)
+        self._ready[half] = ready
+
     def _gather(self, index: int) -> None:
+        """On the current stream."""
         layer, history, first = self._tiles[index]
         g, half = self._geometry, index % 2
         chunks = g.chunks(min(self._tile, history.tokens - first))
         if not history.resident:
             self.bytes_streamed += chunks * g.layer_lanes * g.page_bytes
-        arguments = (
+        gather_history(
             self._pool, self._host, history.blocks, self._slot_of, self._buffers[half, 0], self._buffers[half, 1],
             first // g.chunk_tokens, chunks, layer, g, MANY if history.resident else FEW,
         )  # fmt: skip
-        if self._stream is None:
-            gather_history(*arguments)
-            return
-        if (free := self._free[half]) is not None:
-            self._stream.wait_event(free)
-        with torch.cuda.stream(self._stream):
-            gather_history(*arguments)
-            ready = torch.cuda.Event()
-            ready.record(self._stream)
-        self._ready[half] = ready
