@@ -90,11 +90,16 @@ def stock_kv_bytes(shape: Shape, loads: Sequence[Load], max_len: int) -> int:
     return (blocks + spare) * geometry.block_bytes
 
 
+def shape_of(args: argparse.Namespace) -> Shape:
+    """The model that was asked for, with its KV cache as asked for."""
+    return replace(SHAPES[args.shape], fp8=args.kv_cache_dtype == "fp8")
+
+
 def make_llm(args: argparse.Namespace, name: str, loads: Sequence[Load], ranks: int = 1) -> Any:
     """The engine of a configuration, in this process; workers of several ranks are processes of their own."""
     from vllm import LLM
 
-    shape = SHAPES[args.shape]
+    shape = shape_of(args)
     model = shape.write()
     max_len = max(load.tokens for load in loads)
     if max_len > shape.max_positions:
@@ -118,6 +123,7 @@ def make_llm(args: argparse.Namespace, name: str, loads: Sequence[Load], ranks: 
         max_model_len=max_len,
         max_num_seqs=max(load.requests for load in loads),
         max_num_batched_tokens=STEP_TOKENS,
+        kv_cache_dtype=args.kv_cache_dtype,
         gpu_memory_utilization=0.9,
         enable_prefix_caching=False,
         seed=0,
@@ -208,8 +214,8 @@ def skip_prompt_attention() -> None:
             return more["output"].zero_()  # K and V are written by another operation
         return attend(self, layer, q, k, v, cache, metadata, **more)
 
-    def plan(self: Any, rows: Any, num_tokens: int) -> Any:
-        found = plan_prefill(self, rows, num_tokens)
+    def plan(self: Any, rows: Any, placed: Any) -> Any:
+        found = plan_prefill(self, rows, placed)
         return replace(found, histories=[replace(history, tokens=0) for history in found.histories])
 
     FlashAttentionImpl.forward = forward
@@ -239,6 +245,7 @@ def add_arguments(parser: argparse.ArgumentParser, stem: str, default: Sequence[
         "--only-configurations", nargs="+", choices=CONFIGURATIONS, default=list(default), dest="configurations"
     )
     parser.add_argument("--lsa", default="{}", help="JSON of settings for all LSA configurations, e.g. a budget")
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="of all configurations")
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{stem}.csv")
     parser.add_argument("--logs", type=Path, help="folder to keep the engines' logs in")

@@ -1,6 +1,7 @@
 """Decode step time on a CUDA device by context, batch and configuration: `python -m benchmarks.gpu_decode`.
 
-Dummy weights, bf16, CUDA graphs and vLLM's defaults otherwise. Each configuration runs in a process of its own; its
+Dummy weights, bf16, CUDA graphs and vLLM's defaults otherwise; with `--kv-cache-dtype fp8` K and V are in e4m3, in
+stock too, whose FlashAttention then has queries in e4m3 as well. Each configuration runs in a process of its own; its
 cases run one after the other in it, and what a case with the same context has prefilled is kept for the next larger
 one. A step's time is the interval between the tokens of two successive steps. The floor is the bytes that a step has to
 read (weights without the input embedding, K and V attended to, index where demand reads it) at the read bandwidth
@@ -15,7 +16,6 @@ from typing import Any
 
 from benchmarks import engines, ranks
 from benchmarks.report import machine, pyplot, read_rows
-from benchmarks.shapes import SHAPES
 
 WARM_UP = 2 * engines.STEP_TOKENS + 100
 PROFILED = 20
@@ -45,7 +45,7 @@ def measure(args: argparse.Namespace, name: str) -> None:
     """All cases of one configuration, in this process."""
     import time
 
-    shape, planned = SHAPES[args.shape], groups(args)
+    shape, planned = engines.shape_of(args), groups(args)
     loads = [engines.Load(batches[-1], context + most) for context, batches, most in planned]
     start = time.perf_counter()
     llm = engines.make_llm(args, name, loads, args.ranks)
@@ -65,6 +65,7 @@ def measure(args: argparse.Namespace, name: str) -> None:
             row = {
                 "shape": shape.name,
                 "configuration": name,
+                "kv_cache_dtype": args.kv_cache_dtype,
                 "batch": batch,
                 "context": context,
                 "ranks": args.ranks,
@@ -81,7 +82,7 @@ def measure(args: argparse.Namespace, name: str) -> None:
 
 
 def timed(args: argparse.Namespace, llm: Any, requests: engines.Requests, context: int) -> dict[str, Any]:
-    shape = SHAPES[args.shape]
+    shape = engines.shape_of(args)
     batch = len(requests.live)
     gc.collect()
     gc.freeze()
@@ -230,6 +231,7 @@ def main() -> None:
         return
     bandwidth = engines.measured_elsewhere("report.read_bandwidth('cuda', gib=4)")
     notes = {"read bandwidth": f"{bandwidth:.0f} GB/s", "model": f"{args.shape}, dummy weights, bf16"}
+    notes["K and V"] = "fp8 (e4m3)" if args.kv_cache_dtype == "fp8" else "bf16"
     notes["decode"] = "eager" if args.eager else "torch.compile and CUDA graphs"
     engines.run_all("benchmarks.gpu_decode", args, bandwidth, finish, notes)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from benchmarks import engines
 from benchmarks.report import pyplot, read_rows
-from benchmarks.shapes import SHAPES
 
 
 def matmul_rate(size: int = 8192, repeats: int = 10) -> float:
@@ -32,7 +31,7 @@ def matmul_rate(size: int = 8192, repeats: int = 10) -> float:
 
 def measure(args: argparse.Namespace, name: str) -> None:
     """All contexts on one configuration, in this process."""
-    shape = SHAPES[args.shape]
+    shape = engines.shape_of(args)
     loads = [engines.Load(1, context + 32) for context in args.contexts]
     start = time.perf_counter()
     requests = engines.Requests(engines.make_llm(args, name, loads))

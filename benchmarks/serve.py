@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import engines
 from benchmarks.report import pyplot, read_rows, write_csv
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.shapes import Shape
 from vllm_lsa.config import GIB, LsaConfig
 from vllm_lsa.engine import index_layout
 from vllm_lsa.serving.server import Server, signals_raise
@@ -46,12 +46,13 @@ def settings(args: argparse.Namespace, shape: Shape, name: str, model: Path) -> 
 
 
 def measure(args: argparse.Namespace, name: str, bandwidth: float) -> dict[str, Any]:
-    shape = SHAPES[args.shape]
+    shape = engines.shape_of(args)
     model = shape.write(tokenizer=True)
     lsa, share = settings(args, shape, name, model)
     most = args.input_len + args.output_len + 16
     arguments = ["--load-format", "dummy", "--max-num-seqs", str(args.concurrency), "--no-enable-prefix-caching"]
     arguments += ["--max-num-batched-tokens", str(engines.STEP_TOKENS), "--gpu-memory-utilization", "0.9"]
+    arguments += ["--kv-cache-dtype", args.kv_cache_dtype]
     if not args.eager:
         arguments.append("--no-enforce-eager")
     if lsa is None:

@@ -27,7 +27,8 @@ FIRST_WORD = 3
 
 @dataclass(frozen=True)
 class Shape:
-    """A dense decoder of the Llama architecture. budgets: resident share for lookahead alone, and with demand."""
+    """A dense decoder of the Llama architecture. budgets: resident share for lookahead alone, and with demand. fp8: K
+    and V are stored in e4m3 instead of bf16."""
 
     name: str
     layers: int
@@ -41,6 +42,7 @@ class Shape:
     tied: bool
     budgets: tuple[float, float]
     rope_theta: float = 500000.0
+    fp8: bool = False
 
     @property
     def config(self) -> dict[str, object]:
@@ -68,9 +70,11 @@ class Shape:
         }
 
     def geometry(self, layer_lanes: int | None = None) -> KVGeometry:
-        """Of its KV cache in bf16, on one rank; one set per KV head by default."""
+        """Of its KV cache on one rank; one set per KV head by default."""
         lanes = self.kv_heads if layer_lanes is None else layer_lanes
-        return KVGeometry(self.layers, self.heads, self.kv_heads, self.head_dim, torch.bfloat16, BLOCK, CHUNK, lanes)
+        dtype = torch.uint8 if self.fp8 else torch.bfloat16
+        sizes = self.layers, self.heads, self.kv_heads, self.head_dim
+        return KVGeometry(*sizes, dtype, BLOCK, CHUNK, lanes, model_dtype=torch.bfloat16)
 
     @property
     def layer_parameters(self) -> int:

@@ -1,5 +1,6 @@
 """Dummy models of the benchmarks: what vLLM, transformers and LSA read of them."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -85,6 +86,10 @@ def test_memory_is_enough_for_the_sets(made):
         assert blocks >= 2 * geometry.blocks(tokens) + 1
         share = config.pool_slots(geometry, blocks) / (2 * geometry.chunks(tokens) * geometry.num_lanes)
         whole = 16 * geometry.chunks(2048) / (2 * geometry.chunks(tokens))
+        # As many blocks and slots of half the bytes.
+        half = engines.lsa_settings(replace(shape, fp8=True), name, loads, model, {}, tokens)
+        for key in {"host_memory_gib", "device_pool_gib"} & set(settings):
+            assert half[key] == pytest.approx(settings[key] / 2)
         budget = max(shape.budgets[config.demand == "product"], whole)
         assert share >= 1 if name == "resident" else budget < share < 1.1 * budget
 
