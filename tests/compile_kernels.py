@@ -111,17 +111,18 @@ def main() -> None:
         ops.fetch(pool, host, scratch.page, scratch.slot, 2)
         ops.gather_history(pool, host, s.rows.block_table[0], s.slot_of, k, k, 0, 1, 1, g, 16)
         for codec in (None, encode.ProductCodec(
-            torch.zeros(8, dim, dim), torch.zeros(8, dim), torch.zeros(8, 16, 256, dim // 16))):  # fmt: skip
+            torch.zeros(2, 8, dim, dim), torch.zeros(2, 8, dim), torch.zeros(2, 8, 16, 256, dim // 16))):  # fmt: skip
             size = dim * dtype.itemsize if codec is None else 16 * 16
             cells = torch.zeros(s.num_blocks, 8, 1, size, dtype=torch.uint8)
-            decoded = pool, host, s.rows, s.slot_of, s.sets, cells
-            encode.encode_decoded(*decoded, 1, g, codec)
-            encode.encode_pages(host, page, offset, offset, cells, 1, g, codec)
-            encode.encode_chunks(k, offset, offset, offset, cells, 16, codec)
+            decoded = pool, host, s.rows, s.slot_of, s.sets, encode.LayerCells([cells, cells])
+            encode.encode_decoded(*decoded, g, codec, torch.ones(2))
+            own = encode.of_layer(codec, 1)
+            encode.encode_pages(host, page, offset, offset, cells, 1, g, own)
+            encode.encode_chunks(k, offset, offset, offset, cells, 16, own)
             tables: dict[str, Any] = {}
-            if codec is not None:
+            if own is not None:
                 room = score.score_scratch(3, 32, 8, 16, torch.device("cpu"), "triton")
-                tables = {"to_query": codec.to_code, "centroids": codec.centroids, "scratch": room}
+                tables = {"to_query": own.to_code, "centroids": own.centroids, "scratch": room}
             score.score_rows(q, cells, s.rows, s.sets, 16, 0.1, scratch.logits, **tables)
         for splits in (1, 4):
             config = dataclasses.replace(DecodeConfig.default(g), splits=splits)

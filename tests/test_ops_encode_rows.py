@@ -9,6 +9,7 @@ from tests.kernels import DEVICE, load
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.ops.e4m3 import quantise, unscaled
 from vllm_lsa.ops.encode_rows import (
+    LayerCells,
     ProductCodec,
     encode_chunks,
     encode_chunks_naive,
@@ -16,6 +17,7 @@ from vllm_lsa.ops.encode_rows import (
     encode_decoded_naive,
     encode_pages,
     encode_pages_naive,
+    of_layer,
 )
 
 load("encode")
@@ -37,6 +39,14 @@ def make_codec(kv_heads, dim, subspaces):
         torch.randn(kv_heads, dim).to(DEVICE),
         torch.randn(kv_heads, subspaces, 256, dim // subspaces).to(DEVICE),
     )
+
+
+def make_codecs(layers, kv_heads, dim, subspaces):
+    """Of so many layers in one."""
+    if not subspaces:
+        return None
+    every = [make_codec(kv_heads, dim, subspaces) for _ in range(layers)]
+    return ProductCodec(*(torch.stack(tables) for tables in zip(*every, strict=True)))
 
 
 def make_cells(num_blocks, kv_heads, per_block, chunk, dim, dtype, subspaces):
@@ -117,14 +127,14 @@ def make_store(geometry, num_blocks):
     return pages.pin_memory() if DEVICE.type == "cuda" else pages
 
 
-def put_keys(page, geometry):
+def put_keys(page, geometry, key_scale=KEY_SCALE):
     """Random keys [heads, C, D] in a page; returns what they are read as."""
     keys = torch.randn(page.shape[1:])
     if not geometry.quantised:
         page[0] = keys.to(page.dtype)
         return page[0]
-    page[0] = quantise(keys, KEY_SCALE)
-    return unscaled(page[0], torch.float32) * KEY_SCALE
+    page[0] = quantise(keys, key_scale)
+    return unscaled(page[0], torch.float32) * key_scale
 
 
 def fill(pages, geometry, layer, block, place):
@@ -136,14 +146,14 @@ def fill(pages, geometry, layer, block, place):
     return torch.cat(keys)
 
 
-def fill_tail(state, i, geometry, layer, pool, host):
+def fill_tail(state, i, geometry, layer, pool, host, key_scale):
     """Random keys in the chunk that row i completes, only where they are to be read from; ((block, place), keys)."""
     g, keys, c = geometry, [], state.lengths[i] // geometry.chunk_tokens - 1
     for lane in range(layer * g.layer_lanes, (layer + 1) * g.layer_lanes):
         page = int(state.page(i, np.array([c]), lane)[0])
         slot = int(state.entries[i][lane][1][-1]) if state.budget[i] else int(state.slot_of[page])
         of = pool[slot] if slot >= 0 else host[page]
-        keys.append(put_keys(of, g).to(DEVICE))
+        keys.append(put_keys(of, g, key_scale).to(DEVICE))
     return (int(state.table[i, c // g.chunks_per_block]), c % g.chunks_per_block), torch.cat(keys)
 
 
@@ -151,8 +161,11 @@ def decoded_case(shape, layer_lanes, dtype, lengths, budget, host_read, e4m3=Fal
     kv_heads, dim, subspaces, chunk, per_block = shape
     g = make_geometry(shape, layer_lanes, dtype, e4m3)
     state = State(g, lengths, budget, seed=sum(shape), host_read=host_read)
-    wide, part = make_cells(state.num_blocks, kv_heads, per_block, chunk, dim, dtype, subspaces)
-    return g, state, *state.pools(g.dtype), make_codec(kv_heads, dim, subspaces), wide, part
+    every = [
+        make_cells(state.num_blocks, kv_heads, per_block, chunk, dim, dtype, subspaces) for _ in range(g.num_layers)
+    ]
+    codecs = make_codecs(g.num_layers, kv_heads, dim, subspaces)
+    return g, state, *state.pools(g.dtype), codecs, [wide for wide, _ in every], every[0][1]
 
 
 @pytest.mark.parametrize("host_read", [0.0, 0.5, 1.0])
@@ -162,20 +175,25 @@ def decoded_case(shape, layer_lanes, dtype, lengths, budget, host_read, e4m3=Fal
 def test_chunks_that_decoding_completes(shape, per_head, host_read, e4m3):
     kv_heads, chunk = shape[0], shape[3]
     torch.manual_seed(1)
-    dtype, layer = DTYPES[(sum(shape) + 1) % 3], 1
+    dtype = DTYPES[(sum(shape) + 1) % 3]
     lengths = [0, chunk, chunk + 1, 0, 3 * chunk, 2 * chunk - 1, 2 * chunk, 130 * chunk]
     budget = [False, True, True, False, False, True, False, True]
     g, state, pool, host, codec, wide, part = decoded_case(
         shape, kv_heads if per_head else 1, dtype, lengths, budget, host_read, e4m3
     )
-    key_scale = KEY_SCALE if e4m3 else 1.0
-    keys_of = dict(fill_tail(state, i, g, layer, pool, host) for i, x in enumerate(lengths) if x and x % chunk == 0)
-    want = wide.clone()
+    scales = [KEY_SCALE * (1 + layer) if e4m3 else 1.0 for layer in range(g.num_layers)]
+    full = [i for i, x in enumerate(lengths) if x and x % chunk == 0]
+    keys_of = [
+        dict(fill_tail(state, i, g, layer, pool, host, scale) for i in full) for layer, scale in enumerate(scales)
+    ]
+    want = [x.clone() for x in wide]
     operands = pool, host, state.rows, state.slot_of, state.sets
-    encode_decoded(*operands, wide[..., part], layer, g, codec, key_scale)
-    encode_decoded_naive(*operands, want[..., part], layer, g, codec, key_scale)
-    assert len(keys_of) == 4
-    assert_same(wide, want, part, keys_of, dtype, codec, chunk)
+    key_scales = torch.tensor(scales, device=DEVICE)
+    encode_decoded(*operands, LayerCells([x[..., part] for x in wide]), g, codec, key_scales)
+    encode_decoded_naive(*operands, LayerCells([x[..., part] for x in want]), g, codec, key_scales)
+    assert len(full) == 4
+    for layer in range(g.num_layers):
+        assert_same(wide[layer], want[layer], part, keys_of[layer], dtype, of_layer(codec, layer), chunk)
 
 
 @pytest.mark.parametrize("shape", SHAPES[2:7:4])
@@ -198,28 +216,6 @@ def test_chunks_begun_in_an_earlier_step(shape, e4m3):
     assert_same(wide, want, part, keys_of, dtype, codec, chunk)
 
 
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
-@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[6]])
-def test_captured_encoding_follows_the_rows(shape):
-    kv_heads, chunk = shape[0], shape[3]
-    torch.manual_seed(3)
-    g, state, pool, host, codec, wide, part = decoded_case(
-        shape, kv_heads, torch.bfloat16, [2 * chunk, chunk], [False, True], 0.3
-    )
-    keys_of = dict(fill_tail(state, i, g, 0, pool, host) for i in range(1, 2))
-    operands = pool, host, state.rows, state.slot_of, state.sets
-    state.rows.length.copy_(ints([5, 0]))
-    encode_decoded(*operands, wide[..., part], 0, g, codec)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        encode_decoded(*operands, wide[..., part], 0, g, codec)
-    state.rows.length.copy_(ints([0, chunk]))
-    want = wide.clone()
-    graph.replay()
-    encode_decoded_naive(*operands, want[..., part], 0, g, codec)
-    assert_same(wide, want, part, keys_of, torch.bfloat16, codec, chunk)
-
-
 def test_refusals():
     shape = (1, 16, 4, 16, 2)
     geometry = make_geometry(shape, 1, torch.float32)
@@ -233,5 +229,7 @@ def test_refusals():
         encode_pages(pages, *lists, wide, 0, geometry, codec)
     with pytest.raises(ValueError, match="page: expected torch.int64"):
         encode_pages(pages, ints([0]), *lists[1:], wide[..., part], 0, geometry, codec)
+    with pytest.raises(ValueError, match="cells of layers differ"):
+        LayerCells([wide[..., part], wide[:1, ..., part]])
     with pytest.raises(ValueError, match="mean: expected"):
         encode_pages(pages, *lists, wide[..., part], 0, geometry, codec._replace(mean=codec.mean.double()))

@@ -102,13 +102,14 @@ def mass_stats_kernel(
     logits: fp32 [state pages, Q_HEADS, PAGE], estimated log mass of each full chunk. top_of, sum_of: fp32 [rows, lanes
     of the layer, LANE_Q_PAD, SPLITS].
     """
-    if EARLY:
-        await_grid()
     local = tl.program_id(1)
     part = tl.program_id(2)
-    for row in range(tl.program_id(0), n, tl.num_programs(0)):
-        tokens = tl.load(length + row)
-        mine = tl.load(state + row)
+    row = tl.program_id(0)
+    tokens = tl.load(length + row)
+    mine = tl.load(state + row)
+    if EARLY:
+        await_grid()
+    while row < n:
         if (tokens > 0) & (mine >= 0):
             full = (tokens - 1) // CHUNK
             set_pages = all_pages + mine * pages_stride
@@ -117,6 +118,9 @@ def mass_stats_kernel(
             place = ((row * tl.num_programs(1) + local) * LANE_Q_PAD + tl.arange(0, LANE_Q_PAD)) * SPLITS + part
             tl.store(top_of + place, top)
             tl.store(sum_of + place, total)
+        row += tl.num_programs(0)
+        tokens = tl.load(length + row, mask=row < n, other=0)
+        mine = tl.load(state + row, mask=row < n, other=-1)
 
 
 @triton.jit(do_not_specialize=["n", "lane_first"])
@@ -130,17 +134,21 @@ def mass_kernel(
     lane's first head's logits, -1 for the rest. Grid as above. wanted_of, best_of, where_of: [rows, lanes of the layer,
     SPLITS], how many may come, the most mass, and whose it is.
     """
+    row = tl.program_id(0)
+    tokens = tl.load(length + row)
+    mine = tl.load(state + row)
     if EARLY:
         await_grid()
-    for row in range(tl.program_id(0), n, tl.num_programs(0)):
-        tokens = tl.load(length + row)
-        mine = tl.load(state + row)
+    while row < n:
         if (tokens > 0) & (mine >= 0):
             _mass(
                 row, (tokens - 1) // CHUNK, all_pages + mine * pages_stride, held, usage, logits, top_of, sum_of,
                 wanted_of, best_of, where_of, lanes, lane_first, threshold, decay,
                 PAGE, Q_HEADS, LANE_Q, LANE_Q_PAD, SPLITS, BLOCK,
             )  # fmt: skip
+        row += tl.num_programs(0)
+        tokens = tl.load(length + row, mask=row < n, other=0)
+        mine = tl.load(state + row, mask=row < n, other=-1)
 
 
 @triton.jit
@@ -212,25 +220,27 @@ def pick_kernel(
     victims: int32 [rows, lanes of the layer, MOST + 1], scratch. fetch_page, fetch_slot: [rows, lanes of the layer,
     MOST], what is copied, -1 for nothing. demanded: int64 [1], counted up. ELEMENTS: of a page.
     """
-    if EARLY:
-        await_grid()
     row = tl.program_id(0)
     local = tl.program_id(1)
+    lane = lane_first + local
+    tokens = tl.load(length + row)
+    mine = tl.load(state + row)
+    works = (tokens > 0) & (mine >= 0)
+    # Nobody else changes them within a step.
+    count = tl.load(counts + mine * lanes + lane, mask=works, other=0)
+    cap = tl.load(caps + mine * lanes + lane, mask=works, other=0)
+    if EARLY:
+        await_grid()
     place = row * tl.num_programs(1) + local
     slots = tl.arange(0, MOST)
     tl.store(fetch_slot + place * MOST + slots, tl.full([MOST], -1, tl.int32))
-    tokens = tl.load(length + row)
-    mine = tl.load(state + row)
-    if (tokens == 0) | (mine < 0):
+    if works == 0:
         return
     full = (tokens - 1) // CHUNK  # chunks that were full before this step, and the number of the tail's
-    lane = lane_first + local
     set_pages = all_pages + mine * pages_stride
     victims += place * (MOST + 1)
     parts = tl.arange(0, SPLITS)
     wanted = tl.sum(tl.load(wanted_of + place * SPLITS + parts), 0)
-    count = tl.load(counts + mine * lanes + lane)
-    cap = tl.load(caps + mine * lanes + lane)
     picks = tl.minimum(wanted, MOST)
     over = count + picks - cap
     if (picks == 0) & (over <= 0):

@@ -94,6 +94,7 @@ def attend(
     DIRECT: tl.constexpr,
     E4M3: tl.constexpr,
     WIDEN: tl.constexpr,
+    STEADY: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Program (row and KV head, split): attention of the head's group over the split's share of the row's tokens.
@@ -103,18 +104,23 @@ def attend(
     TILE: tokens of an iteration. MIN_TILES: least tiles of a split. DIRECT: there is one split, which writes `out`;
     else `partial` and `lse` (base 2) are for `merge`. E4M3: pages are bytes of it, for devices that do not convert it;
     to those that do, pages are e4m3 themselves. WIDEN: products of fp32 numbers, for Triton's interpreter, whose `dot`
-    takes bf16 for integers.
+    takes bf16 for integers. STEADY: sets are as they were before the kernel right ahead.
     """
-    if EARLY:
-        await_grid()
     row = tl.program_id(0) // KV_HEADS
     head = tl.program_id(0) % KV_HEADS
     split = tl.program_id(1)
     tokens = tl.load(length + row)
+    set_row = tl.load(state + row)
+    at = tl.load(token + row).to(tl.int64)
+    if EARLY:
+        if STEADY == 0:
+            await_grid()
     if tokens <= 0:
+        if EARLY:
+            if STEADY:
+                await_grid()
         return
 
-    set_row = tl.load(state + row)
     budget = set_row >= 0
     lane = layer * (KV_HEADS // LANE_HEADS) + head // LANE_HEADS
     full = (tokens - 1) // CHUNK  # chunks before the tail
@@ -133,10 +139,12 @@ def attend(
     state_index = (row * (KV_HEADS * GROUP) + heads) * splits + split
     if DIRECT == 0:
         if begin >= end:
+            if EARLY:
+                if STEADY:
+                    await_grid()
             tl.store(lse + state_index, tl.full([GROUP_PAD], float("-inf"), tl.float32), mask=in_group)
             return
 
-    at = tl.load(token + row).to(tl.int64)
     query = tl.load(
         q + at * q_row + heads[:, None] * q_head + d[None, :],
         mask=in_group[:, None] & in_dim[None, :],
@@ -163,6 +171,9 @@ def attend(
         t, listed_end, whole_end, pages, table, slot_of, set_slot, set_chunk, lane, host_delta,
         LANES, BLOCK_CHUNKS, CHUNK, SET_PAGE, PAGE_UNITS,
     )  # fmt: skip
+    if EARLY:
+        if STEADY:
+            await_grid()
     for first in range(begin, end, TILE):
         t = first + tl.arange(0, TILE)
         valid = t < end
@@ -227,11 +238,13 @@ def merge(
     EARLY: tl.constexpr,
 ):
     """Program (row, query head): the splits' results by log-sum-exp. A split with lse -inf was idle: not read."""
-    if EARLY:
-        await_grid()
     row = tl.program_id(0)
     head = tl.program_id(1)
-    if tl.load(length + row) <= 0:
+    tokens = tl.load(length + row)
+    at = tl.load(token + row).to(tl.int64)
+    if EARLY:
+        await_grid()
+    if tokens <= 0:
         return
 
     d = tl.arange(0, D_PAD)
@@ -246,7 +259,6 @@ def merge(
     )
     total = tl.sum(weight, 0)
     result = tl.sum(value * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    at = tl.load(token + row).to(tl.int64)
     tl.store(out + at * out_row + head * out_head + d, result.to(out.dtype.element_ty), mask=d < D)
 
 

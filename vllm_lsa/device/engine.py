@@ -24,13 +24,13 @@ from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.metrics import MetricsWriter
 from vllm_lsa.ops import resident_rows as ops
 from vllm_lsa.ops.e4m3 import UNSCALED
-from vllm_lsa.ops.encode_rows import ProductCodec, encode_chunks, encode_decoded, encode_pages
+from vllm_lsa.ops.encode_rows import LayerCells, ProductCodec, encode_chunks, encode_decoded, encode_pages, of_layer
 from vllm_lsa.ops.resident_decode import DecodeScratch, resident_decode
 from vllm_lsa.ops.score_rows import score_rows, score_scratch
 from vllm_lsa.residency.plan import Row
 from vllm_lsa.residency.policies.base import ScoreInput
 from vllm_lsa.residency.policies.query import QueryPolicy
-from vllm_lsa.residency.requests import Request
+from vllm_lsa.residency.requests import Request, StepUpdate
 from vllm_lsa.residency.usage import DECAY
 
 Tracer = Callable[[int, DevicePlan], None]
@@ -104,9 +104,12 @@ class DeviceEngine(LsaEngine[DevicePlan]):
             else None
         )
         self._parts = [
-            (index, [self.layout.part(cells, index) for cells in self._cells])
+            (LayerCells([self.layout.part(cells, index) for cells in self._cells]), _codec(index))
             for index in dict.fromkeys(i for i in (self._policy.index, self._demand.index) if i is not None)
         ]
+        self._key_scales = torch.tensor([scales.k for scales in self.kv_scales], device=device)
+        # Of the last step, if one of its rows completed a chunk, whose cells are made before the next.
+        self._completed: DeviceRows | None = None
         tile = min(TILE_TOKENS, -(-self._max_model_len // g.chunk_tokens) * g.chunk_tokens)
         self._history = HistoryReader(g, self.pool.pages, self.store.pages, self._slot_of, tile)
         self._fetched = 0
@@ -137,14 +140,22 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         heads = torch.zeros(shape, dtype=g.compute_dtype, device=self._device)
         q, k, v = heads.split([g.num_q_heads, g.num_kv_heads, g.num_kv_heads], 1)
         k, v = ops.write_tokens(k, v, pool, host, none, zero, self._slot_of, layer, g)
-        for index, parts in self._parts:
-            encode_chunks(k, none.int(), zero, zero, parts[layer], g.chunk_tokens, _codec(index, layer))
-            encode_pages(host, none, zero, zero, parts[layer], layer, g, _codec(index, layer))
+        self._completed = rows
+        self._encode_completed()
+        for cells, codec in self._parts:
+            of_this, part = of_layer(codec, layer), cells.parts[layer]
+            encode_chunks(k, none.int(), zero, zero, part, g.chunk_tokens, of_this)
+            encode_pages(host, none, zero, zero, part, layer, g, of_this)
         self._history.begin([history := History(none + 1, g.chunk_tokens, False)])
         keys, values = self._history.take(layer, history)
         state = self._prefill.attend(q, k, v, self._scale, causal=True)
         self._prefill.merge(state, self._prefill.attend(q, keys, values, self._scale, causal=False))
         self._history.bytes_streamed = 0
+
+    def open_step(self, update: StepUpdate) -> None:
+        # Before anyone leaves, and slots and blocks get other owners.
+        self._encode_completed()
+        super().open_step(update)
 
     def _leave(self, request: Request) -> None:
         # What is still on its way must not come into a slot that has got another owner.
@@ -157,11 +168,16 @@ class DeviceEngine(LsaEngine[DevicePlan]):
 
     # -- planning ---------------------------------------------------------------------------------------------------
 
-    def plan_capture(self, num_rows: int) -> DevicePlan:
-        """A step of padding alone: what a CUDA graph is captured with."""
+    @property
+    def demands(self) -> bool:
+        """Whether rows on a budget ask for chunks in every step."""
+        return self._demand.index is not None
+
+    def plan_capture(self, num_rows: int, demands: bool = True) -> DevicePlan:
+        """A step of padding alone: what a CUDA graph is captured with. demands: see `DevicePlan`."""
         self._row_data.zero_()
         self._rows.state.fill_(-1)
-        return DevicePlan(self._rows.first(num_rows))
+        return DevicePlan(self._rows.first(num_rows), demands=demands)
 
     def plan(
         self,
@@ -183,9 +199,15 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         prefills = [row for row in placed if row.length > 1]
         self._fill_rows([placed[i] for i in decodes], decodes, block_table, len(rows))
         count = max(padded, len(decodes))
-        step = DevicePlan(self._rows.first(count), requests=[placed[i].request.id for i in decodes])
+        step = DevicePlan(
+            self._rows.first(count),
+            requests=[placed[i].request.id for i in decodes],
+            demands=any(self.control.set_row(placed[i].request) >= 0 for i in decodes),
+        )
         self._places = {placed[i].request: place for place, i in enumerate(decodes)}
         real = self._rows.first(len(decodes))
+        if any(placed[i].request.length % self.geometry.chunk_tokens == 0 for i in decodes):
+            self._completed = real
         ops.advance(real, self.sets, self._slot_of, self._tails, self.geometry)
         for selection in selections:
             self._renew(selection)
@@ -194,6 +216,18 @@ class DeviceEngine(LsaEngine[DevicePlan]):
             step.prefill = self._plan_prefill(prefills, placed)
             self._history.begin([h for h in step.prefill.histories if h.tokens])
         return step
+
+    def _encode_completed(self) -> None:
+        """Make the cells of chunks that the last step's rows have completed, which nothing has read so far: one launch
+        for all layers, now and then, in place of one for each layer in each step.
+        """
+        assert self.store is not None
+        rows, self._completed = self._completed, None
+        if rows is None:
+            return
+        pool, host, g = self.pool.pages, self.store.pages, self.geometry
+        for cells, codec in self._parts:
+            encode_decoded(pool, host, rows, self._slot_of, self.sets, cells, g, codec, self._key_scales)
 
     def _fill_rows(
         self, decodes: list[Row], places: list[int], block_table: torch.Tensor | None, num_rows: int
@@ -401,10 +435,7 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         assert self.store is not None
         g, config, rows, sets = self.geometry, self.config, plan.rows, self.sets
         pool, host, scales = self.pool.pages, self.store.pages, self.kv_scales[layer]
-        for encoded, parts in self._parts:
-            codec = _codec(encoded, layer)
-            encode_decoded(pool, host, rows, self._slot_of, sets, parts[layer], layer, g, codec, scales.k)
-        index = self._demand.index
+        index = self._demand.index if plan.demands else None
         if index is not None:
             cells = self.layout.part(self._cells[layer], index)
             tables: dict[str, Any] = {}
@@ -419,8 +450,9 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         if self.tracer is not None:
             self.tracer(layer, plan)
         resident_decode(
-            q, pool, host, rows, self._slot_of, sets, layer, g, self._scale, out, self._scratch, scales=scales
-        )
+            q, pool, host, rows, self._slot_of, sets, layer, g, self._scale, out, self._scratch, scales=scales,
+            steady=index is None,
+        )  # fmt: skip
 
     def _attend_prompts(
         self, plan: PrefillPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
@@ -432,12 +464,12 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         # prompt was cut into steps, or on which of its blocks were cached.
         k, v = ops.write_tokens(k, v, pool, host, plan.page0, plan.offset, self._slot_of, layer, g, scales)
         scale = self._scale * scales.k
-        for index, parts in self._parts:
-            codec = _codec(index, layer)
+        for cells, codec in self._parts:
+            of_this, part = of_layer(codec, layer), cells.parts[layer]
             if len(plan.whole[0]):
-                encode_chunks(k, *plan.whole, parts[layer], g.chunk_tokens, codec, scales.k)
+                encode_chunks(k, *plan.whole, part, g.chunk_tokens, of_this, scales.k)
             if len(plan.begun[0]):
-                encode_pages(host, *plan.begun, parts[layer], layer, g, codec, scales.k)
+                encode_pages(host, *plan.begun, part, layer, g, of_this, scales.k)
         self._queries[plan.query_row, layer] = q[plan.last_token]
         for row, history in zip(plan.rows, plan.histories, strict=True):
             here = slice(row.start, row.start + row.length)
@@ -481,8 +513,9 @@ class DeviceEngine(LsaEngine[DevicePlan]):
             self._metrics.close()
 
 
-def _codec(index: ChunkIndex, layer: int) -> ProductCodec | None:
+def _codec(index: ChunkIndex) -> ProductCodec | None:
+    """Of all layers; None for mean keys."""
     if not isinstance(index, ProductIndex):
         return None
     t = index.tables
-    return ProductCodec(t.to_code[layer], t.mean[layer], t.centroids[layer])
+    return ProductCodec(t.to_code, t.mean, t.centroids)

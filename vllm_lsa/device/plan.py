@@ -33,9 +33,10 @@ class PrefillPlan:
 @dataclass
 class DevicePlan:
     """rows: the decode rows, padding included: views of buffers that keep their addresses. requests: names of those
-    that are real, in order.
+    that are real, in order. demands: whether any of them may ask for chunks: none does where all rows are whole.
     """
 
     rows: DeviceRows
     prefill: PrefillPlan | None = None
     requests: list[str] = field(default_factory=list)
+    demands: bool = True

@@ -1,6 +1,7 @@
 """Index cells of the chunks that a step completes, written where the scores read them."""
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
@@ -18,7 +19,7 @@ _KERNELS = "vllm_lsa.kernels.encode"
 
 
 class ProductCodec(NamedTuple):
-    """A layer's tables of the product index, fp32 and contiguous, on the device of the cells."""
+    """A layer's tables of the product index, fp32 and contiguous, on the device of the cells; or [L, ...] of all L."""
 
     to_code: torch.Tensor
     """[Hkv, D, D]"""
@@ -26,6 +27,23 @@ class ProductCodec(NamedTuple):
     """[Hkv, D]"""
     centroids: torch.Tensor
     """[Hkv, M, 256, D / M]"""
+
+
+class LayerCells:
+    """One index's cells of all layers, on one device: what a single launch for all of them needs to know."""
+
+    def __init__(self, parts: Sequence[torch.Tensor]) -> None:
+        """parts: of each layer uint8 [num_blocks, Hkv, per_block, b], alike in all but where they begin. Raises
+        ValueError if they are not."""
+        first = parts[0]
+        for part in parts:
+            require(
+                part.shape == first.shape and part.stride() == first.stride() and part.device == first.device,
+                f"cells of layers differ: {list(part.shape)} {part.stride()} and {list(first.shape)} {first.stride()}",
+            )
+        self.parts = list(parts)
+        self.offsets = torch.tensor([part.data_ptr() - first.data_ptr() for part in parts], device=first.device)
+        """int64 [L], bytes from where the first layer's begin."""
 
 
 def encode_chunks(
@@ -95,38 +113,50 @@ def encode_decoded(
     rows: DeviceRows,
     slot_of: torch.Tensor,
     sets: DeviceSets,
-    cells: torch.Tensor,
-    layer: int,
+    cells: LayerCells,
     geometry: KVGeometry,
-    codec: ProductCodec | None = None,
-    key_scale: float = 1.0,
+    codec: ProductCodec | None,
+    key_scales: torch.Tensor,
 ) -> None:
-    """Cells of the chunks that the rows' own tokens completed: of each row whose length is a multiple of C.
+    """Cells, in all layers, of the chunks that the rows' own tokens completed: of each row whose length is a multiple
+    of C.
 
-    Their keys are read from the chunk's slot, or its host page if it has none, so after the layer's write-through on
-    the same stream. The slot is ``slot_of[page]`` for a whole row, that of the tail for a row on a budget. pool:
-    [S, 2, lane_heads, C, D] on the device. slot_of: int32 [M]. Rows of length 0 are skipped. Fixed grid, fit for a CUDA
-    graph. The rest as in `encode_pages`.
+    Once a step, after its last layer: scores leave a row's newest chunk out until then. Keys are read from the chunk's
+    slot, or its host page if it has none. The slot is ``slot_of[page]`` for a whole row, that of the tail for a row on
+    a budget. pool: [S, 2, lane_heads, C, D] on the device. slot_of: int32 [M]. Rows of length 0 are skipped. codec: of
+    all layers. key_scales: fp32 [L], what each layer's keys are multiplied by. The rest as in `encode_pages`.
     """
-    _check_pages(host_pages, cells, layer, geometry, codec)
-    require_tensor("pool", pool, (len(pool), *geometry.page_shape), geometry.dtype, cells.device)
-    _check_lists(cells.device, torch.int32, length=rows.length, state=rows.state)
+    g = geometry
+    require(len(cells.parts) == g.num_layers, f"cells of {len(cells.parts)} layers, not of {g.num_layers}")
+    device = cells.parts[0].device
+    for layer, part in enumerate(cells.parts):
+        _check_pages(host_pages, part, layer, g, of_layer(codec, layer))
+    require_tensor("pool", pool, (len(pool), *g.page_shape), g.dtype, device)
+    _check_lists(device, torch.int32, length=rows.length, state=rows.state)
     for name, x, lead in (
         ("slot_of", slot_of, (len(host_pages),)),
         ("sets.pages", sets.pages, tuple(sets.pages.shape)),
-        ("sets.counts", sets.counts, (len(sets.pages), geometry.num_lanes)),
-        ("sets.slot", sets.slot, (len(sets.slot), geometry.num_lanes, PAGE)),
+        ("sets.counts", sets.counts, (len(sets.pages), g.num_lanes)),
+        ("sets.slot", sets.slot, (len(sets.slot), g.num_lanes, PAGE)),
     ):
-        require_tensor(name, x, lead, torch.int32, cells.device)
+        require_tensor(name, x, lead, torch.int32, device)
         require(x.is_contiguous(), f"{name} must be contiguous")
+    require_tensor("key_scales", key_scales, (g.num_layers,), torch.float32, device)
     shape = (len(rows.length), rows.block_table.shape[1])
-    require_tensor("rows.block_table", rows.block_table, shape, torch.int32, cells.device)
-    kernels = _kernels(cells.device)
+    require_tensor("rows.block_table", rows.block_table, shape, torch.int32, device)
+    kernels = _kernels(device)
     if kernels is None:
-        return encode_decoded_naive(pool, host_pages, rows, slot_of, sets, cells, layer, geometry, codec, key_scale)
+        return encode_decoded_naive(pool, host_pages, rows, slot_of, sets, cells, g, codec, key_scales)
+    if codec is not None:
+        require(all(x.is_contiguous() for x in codec), "the codec's tables must be contiguous")
     lists = rows.length, rows.block_table, rows.block_table
-    resident = rows, slot_of, sets, host_delta(pool, host_pages)
-    _encode_pages(kernels, kernels.ROWS, pool, *lists, cells, layer, geometry, codec, key_scale, resident)
+    resident = rows, slot_of, sets, host_delta(pool, host_pages), cells.offsets, key_scales
+    _encode_pages(kernels, kernels.ROWS, pool, *lists, cells.parts[0], 0, g, codec, 1.0, resident)
+
+
+def of_layer(codec: ProductCodec | None, layer: int) -> ProductCodec | None:
+    """One layer's tables, views, of those of all layers."""
+    return None if codec is None else ProductCodec(*(x[layer] for x in codec))
 
 
 def _encode_pages(
@@ -141,7 +171,7 @@ def _encode_pages(
     geometry: KVGeometry,
     codec: ProductCodec | None,
     key_scale: float,
-    resident: tuple[DeviceRows, torch.Tensor, DeviceSets, int] | None = None,
+    resident: tuple[DeviceRows, torch.Tensor, DeviceSets, int, torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     g = geometry
     kernels.encode(
@@ -264,17 +294,20 @@ def encode_decoded_naive(
     rows: DeviceRows,
     slot_of: torch.Tensor,
     sets: DeviceSets,
-    cells: torch.Tensor,
-    layer: int,
+    cells: LayerCells,
     geometry: KVGeometry,
-    codec: ProductCodec | None = None,
-    key_scale: float = 1.0,
+    codec: ProductCodec | None,
+    key_scales: torch.Tensor,
 ) -> None:
-    """Twin of `encode_decoded`, row by row."""
+    """Twin of `encode_decoded`, layer by layer and row by row."""
     g = geometry
-    for i, (length, state) in enumerate(zip(rows.length.tolist(), rows.state.tolist(), strict=True)):
-        if length and length % g.chunk_tokens == 0:
-            c = length // g.chunk_tokens - 1
+    full = [
+        (i, length // g.chunk_tokens - 1, state)
+        for i, (length, state) in enumerate(zip(rows.length.tolist(), rows.state.tolist(), strict=True))
+        if length and length % g.chunk_tokens == 0
+    ]
+    for layer, scale in enumerate(key_scales.tolist()):
+        for i, c, state in full:
             block, place = int(rows.block_table[i, c // g.chunks_per_block]), c % g.chunks_per_block
             keys = []
             for lane in range(layer * g.layer_lanes, (layer + 1) * g.layer_lanes):
@@ -284,4 +317,4 @@ def encode_decoded_naive(
                     e = int(sets.counts[state, lane]) - 1
                     slot = int(sets.slot[sets.pages[state, e // PAGE], lane, e % PAGE])
                 keys.append((pool[slot] if slot >= 0 else host_pages[page].to(pool.device))[0])
-            _write(cells, block, place, torch.cat(keys), codec, g.compute_dtype, key_scale)
+            _write(cells.parts[layer], block, place, torch.cat(keys), of_layer(codec, layer), g.compute_dtype, scale)

@@ -116,6 +116,7 @@ def resident_decode(
     scratch: DecodeScratch,
     max_length: int | None = None,
     scales: KVScales = UNSCALED,
+    steady: bool = False,
 ) -> None:
     """Attention of one query token per row over the row's chunks in `layer`, written to `out`.
 
@@ -128,6 +129,9 @@ def resident_decode(
     A whole row attends to all of its tokens, a row on a budget to the entries of its lanes' sets, where the last one is
     the tail. A chunk without a slot is read from its host page. Rows of length 0, entries from counts on and tokens
     from length on are never read. Sums are fp32. Nothing is allocated or read back: fit for a CUDA graph.
+
+    The kernel may begin before the one ahead of it on the stream has ended: that one must not write `rows`, and with
+    `steady` nothing but K and V; then more of the way to them is gone beside it.
 
     On CPU tensors this is `resident_decode_naive`, unless the kernels were loaded in Triton's interpreter. Raises
     ValueError on a bad shape, dtype, stride or address; what only the device knows is not checked.
@@ -165,7 +169,7 @@ def resident_decode(
         LANE_HEADS=geometry.lane_heads, SET_PAGE=PAGE, VECTOR=16 // geometry.dtype.itemsize, TILE=config.tile,
         MIN_TILES=max(1, _SPLIT_TOKENS // config.tile), DIRECT=splits == 1,
         E4M3=by_bits, WIDEN=kernels.INTERPRETED and q.dtype == torch.bfloat16,
-        num_warps=config.warps, num_stages=config.stages, **early(pool.device),
+        STEADY=steady, num_warps=config.warps, num_stages=config.stages, **early(pool.device),
     )  # fmt: skip
     if splits > 1:
         kernels.merge[(n, q_heads)](

@@ -122,12 +122,18 @@ class DenseRuntime(Runtime):
     def __init__(self, vllm_config: VllmConfig) -> None:
         super().__init__(vllm_config)
         self.engine: HostEngine | DeviceEngine | None = None
+        self.step_demands = True
+        """Whether rows may ask for chunks, see `DevicePlan`: of the step that is planned or captured."""
         self.host_blocks = 0
         self._layers: dict[str, int] = {}
 
     @property
     def _tiers(self) -> TieredEngine[Any, Any] | None:
         return self.engine
+
+    @property
+    def of_two_kinds(self) -> bool:
+        return isinstance(self.engine, DeviceEngine) and self.engine.demands and self.engine.store is not None
 
     def allocate_pool(self, impl: Any) -> None:
         """Allocate the device pool when the first layer's weights are ready: all layers exist by then."""
@@ -214,7 +220,7 @@ class DenseRuntime(Runtime):
     def plan_capture(self, num_rows: int) -> DevicePlan | None:
         """A plan to capture a CUDA graph with; None while vLLM only measures what capturing takes."""
         if isinstance(self.engine, DeviceEngine) and self.engine.store is not None:
-            return self.engine.plan_capture(num_rows)
+            return self.engine.plan_capture(num_rows, self.step_demands)
         return None
 
     def plan(self, common: CommonAttentionMetadata) -> StepPlan | DevicePlan | None:
@@ -225,7 +231,9 @@ class DenseRuntime(Runtime):
         if isinstance(self.engine, DeviceEngine):
             # One token each: a full CUDA graph may run the step, with as many rows as it was captured for.
             padded = common.num_reqs if common.max_query_len == 1 else 0
-            return self.engine.plan(rows, common.block_table_tensor, padded)
+            plan = self.engine.plan(rows, common.block_table_tensor, padded)
+            self.step_demands = plan.demands
+            return plan
         return self.engine.plan(rows)
 
     def attend(
@@ -244,6 +252,11 @@ def prefill(geometry: KVGeometry) -> PrefillAttention:
     return FlashPrefill(geometry.head_dim)
 
 
+def _steps_of(vllm_config: VllmConfig) -> DenseRuntime | None:
+    found = Runtime._by_config.get(id(vllm_config.compilation_config))
+    return found if isinstance(found, DenseRuntime) else None
+
+
 def _hook_worker() -> None:
     """Wrap the worker methods that LSA has to know of. Only workers get here, and only once a process."""
     if hasattr(Worker, "_lsa_hooked"):
@@ -252,6 +265,10 @@ def _hook_worker() -> None:
     from vllm.platforms import current_platform
 
     owners = [Worker]
+    if current_platform.is_cuda():
+        from vllm_lsa.plugin import step_graphs
+
+        step_graphs.hook(_steps_of)
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_worker import CPUWorker
 

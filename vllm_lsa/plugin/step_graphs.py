@@ -1,0 +1,62 @@
+"""Two full CUDA graphs for each size of a decode step: one with the kernels of demand, and one without.
+
+Where every row keeps all of its chunks nobody asks for any, and kernels that find nothing to do take time as well: at
+short context all steps are of that kind. vLLM captures and replays one graph for each size; here it captures twice,
+and what it replays turns to the graph that the step needs.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
+
+
+class Steps(Protocol):
+    """What is known of steps. step_demands: of the one that is about to be captured or run."""
+
+    step_demands: bool
+
+    @property
+    def of_two_kinds(self) -> bool:
+        """Whether steps with and without demand differ, now that graphs are captured for good."""
+        ...
+
+
+class TwoGraphs:
+    """Stands where vLLM keeps the graph of a size."""
+
+    def __init__(self, steps: Steps, demanding: torch.cuda.CUDAGraph, whole: torch.cuda.CUDAGraph) -> None:
+        self._steps = steps
+        self._demanding = demanding
+        self._whole = whole
+
+    def replay(self) -> None:
+        (self._demanding if self._steps.step_demands else self._whole).replay()
+
+
+def hook(steps_of: Callable[[VllmConfig], Steps | None]) -> None:
+    """Have vLLM capture twice where `steps_of` knows of steps of two kinds. Once a process."""
+    original = CudaGraphManager.capture
+
+    @functools.wraps(original)
+    def capture(self: CudaGraphManager, create_forward_fn: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, create_forward_fn, *args, **kwargs)
+        steps = steps_of(self.vllm_config)
+        if steps is None or not steps.of_two_kinds or not isinstance(self, ModelCudaGraphManager):
+            return
+        demanding, descriptors = self.graphs, self._capture_descs
+        full = CUDAGraphMode.FULL
+        self.graphs, self._capture_descs = {}, {full: descriptors[full]} if full in descriptors else {}
+        steps.step_demands = False
+        try:
+            original(self, create_forward_fn, *args, **kwargs)
+            both = {desc: TwoGraphs(steps, demanding[desc], whole) for desc, whole in self.graphs.items()}
+        finally:
+            steps.step_demands = True
+            self.graphs, self._capture_descs = demanding, descriptors
+        self.graphs.update(both)
+
+    CudaGraphManager.capture = capture
