@@ -1,5 +1,7 @@
 """The V4 engine of a CUDA device beside that of a CPU, fed the same: kernels run on the GPU, or in the interpreter."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,13 +9,15 @@ import torch
 from tests.kernels import DEVICE, load
 from tests.v4.pages import state_bytes
 from vllm_lsa.config import LsaConfig
+from vllm_lsa.memory.device_transfers import DeviceTransfers
 from vllm_lsa.models.deepseek_v4.device_engine import DeepseekV4DeviceEngine, entry_view
 from vllm_lsa.models.deepseek_v4.engine import DeepseekV4Engine
 from vllm_lsa.models.deepseek_v4.geometry import EntryGeometry
+from vllm_lsa.models.deepseek_v4.page_tables import PageTable, PageTables
 from vllm_lsa.models.deepseek_v4.selection import TOP_K
 from vllm_lsa.models.deepseek_v4.settings import PAGE_TOKENS, for_deepseek_v4
 from vllm_lsa.ops.index_logits import KEY, PAGE_BYTES
-from vllm_lsa.residency.requests import NewRequest, RequestUpdate, StepUpdate
+from vllm_lsa.residency.requests import NewRequest, Request, RequestUpdate, StepUpdate
 
 for _name in ("pages", "index_logits", "missing_entries"):
     load(_name)
@@ -72,6 +76,7 @@ class Both:
         rows = list(scheduled.items())
         plans = self.cpu.plan(rows), self.gpu.plan(rows)
         self.forward(scheduled, *plans)
+        self.check_tables(plans[1])
         self.check(*plans)
         for name, tokens in scheduled.items():
             self.live[name]["computed"] += tokens
@@ -95,6 +100,14 @@ class Both:
             self.gpu.write_through_on_device(layer, len(gpu_plan.written_pages))
             hidden = torch.zeros(tokens, 8, device=DEVICE)
             self.gpu.note_on_device(layer, len(gpu_plan.rows), hidden, q.to(DEVICE), w.to(DEVICE))
+
+    def check_tables(self, plan) -> None:
+        """What is on the device, from whatever step, is what the sets of now say."""
+        for row, shown in enumerate(plan.shown[: len(plan.pool_rows)]):
+            made, pages = self.gpu._resident_pages(plan.rows[row].request), len(shown.blocks)
+            assert int(self.gpu.tables.entries[row]) == made.entries(GEOMETRY, plan.rows[row].request.length)
+            assert torch.equal(self.gpu.tables.table[row, :pages].cpu(), torch.from_numpy(made.blocks))
+            assert torch.equal(self.gpu.tables.slots[:, row, :pages].cpu(), torch.from_numpy(made.slots))
 
     def check(self, cpu_plan, gpu_plan) -> None:
         tables, pool = self.gpu.tables, self.gpu.pool.pages.view(len(self.gpu.pool.pages), -1)
@@ -242,6 +255,63 @@ def test_a_step_of_nobody_reads_and_notes_nothing():
         both.gpu.write_through_on_device(layer, REQUESTS)
     assert torch.equal(kept, both.gpu.pool.pages) and not both.gpu.tables.entries.any()
     assert (both.gpu.tables.last_row == REQUESTS).all()
+
+
+@pytest.mark.parametrize("indexer", ["native", "exact"])
+def test_between_cycles_only_what_changed_is_sent(indexer, monkeypatch):
+    both = (Exact if indexer == "exact" else Both)(settings(indexer=indexer, period=64), slots=LAYERS * 20)
+    first, second = (both.add(9 * PAGE_TOKENS + 250 + n) for n in range(2))
+    for request in (first, second):
+        both.step({request: both.live[request]["prompt"]})
+    both.step({first: 1, second: 1})
+    sent: list[torch.Tensor] = []
+    stock = DeviceTransfers.update
+
+    def update(transfers, pairs):
+        pairs = list(pairs)
+        sent.extend(tensor for tensor, _ in pairs)
+        stock(transfers, pairs)
+
+    monkeypatch.setattr(DeviceTransfers, "update", update)
+
+    def rows() -> list[int]:
+        """Rows whose tables were sent since the last call."""
+        tables = both.gpu.tables.table
+        offsets = [
+            each.data_ptr() - tables.data_ptr() for each in sent if each.dtype == torch.int32 and each.dim() == 1
+        ]
+        sent.clear()
+        return [offset // (4 * tables.shape[1]) for offset in offsets]
+
+    seen = []
+    for _ in range(6):
+        both.step({first: 1, second: 1})
+        seen.append(rows())
+    assert seen == [[], [], [], [], [1], [0]]  # a page is full
+    both.step({second: 1, first: 1})
+    assert rows() == [0, 1]
+    both.step({second: 1, first: 1})
+    assert rows() == []
+    both.step({first: 1}, finished=(second,))
+    assert rows() == [0]
+    # Another in the same row, in blocks that are given again; the second row has had the first one's pages before.
+    third = both.add(300)
+    both.step({first: 1, third: 300})
+    assert rows() == []
+    both.step({third: 1, first: 1})
+    assert rows() == [0]
+
+
+@pytest.mark.parametrize("change", ["full", "blocks", "slots"])
+def test_a_table_that_missed_a_change_is_found(change):
+    made = PageTable(np.arange(3, dtype=np.int32), np.zeros((LAYERS, 3), np.int32), full=2, tail=2, version=1)
+    tables, request = PageTables(lambda _: made, check=True), Request(NewRequest("one", [1, 2, 3], 0, 600))
+    assert tables.of(request, 1) is made is tables.of(request, 1)
+    made = replace(made, **{change: getattr(made, change) + 1})
+    with pytest.raises(RuntimeError, match="unnoticed"):
+        tables.of(request, 1)
+    made = replace(made, version=2)
+    assert tables.of(request, 2) is made
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="what scores pinned memory there needs vLLM's view of it")

@@ -12,7 +12,7 @@ from vllm_lsa.memory.host_store import HostStore
 from vllm_lsa.memory.slot_pool import SlotPool
 from vllm_lsa.residency.plan import Row
 from vllm_lsa.residency.requests import Request
-from vllm_lsa.residency.resident_set import ResidentSet
+from vllm_lsa.residency.resident_set import NO_SLOT, ResidentSet
 from vllm_lsa.residency.shares import Shares
 from vllm_lsa.residency.usage import Usage
 
@@ -188,7 +188,7 @@ class LookaheadScheduler:
         state.set = ResidentSet(self._geometry.num_lanes)
         if old.tail >= 0:
             state.set.extend(np.array([old.tail]), old.slots[:, :1])
-            old.slots[:, 0] = -1
+            old.place((slice(None), 0), NO_SLOT)
         self._pool.release(old.all_slots())
 
     # -- chunks that a step writes ----------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ class LookaheadScheduler:
         since = np.arange(pending.mask.shape[1], old.tail)
         new = ResidentSet(self._geometry.num_lanes, int(pending.mask.sum(1).max(initial=0)) + len(since) + 2)
         new.extend(np.array([old.tail]), old.slots[:, :1])
-        old.slots[:, 0] = -1
+        old.place((slice(None), 0), NO_SLOT)
         for lane in range(self._geometry.num_lanes):
             new.append(lane, pending.chunks[lane], pending.slots[lane])
             if len(since):
@@ -281,7 +281,7 @@ class LookaheadScheduler:
                 # With demand, a chunk written since may have left again.
                 entries = np.flatnonzero(np.isin(chunks, since))
                 new.append(lane, chunks[entries], slots[entries])
-                slots[entries] = -1
+                old.place((lane, entries), NO_SLOT)
         self._release_full(state)
         self._transfers.wait(pending.ticket)
         state.set = new
@@ -298,15 +298,14 @@ class LookaheadScheduler:
         pages = self._transfers.store.page_ids(request.blocks, chunks, lanes)
         slots, fresh = self._pool.acquire(pages)
         self._transfers.fetch(pages[fresh], slots[fresh])
-        resident.slots[lanes, entries] = slots
-        resident.missing = int((slots < 0).sum())
+        resident.place((lanes, entries), slots)
 
     def _release_full(self, state: _State) -> None:
         """Give back all slots of the set but the tail's. The entries stay, without slots."""
         slots = state.set.all_slots()
         kept = state.set.slots[:, 0].copy()
         self._pool.release(slots[~np.isin(slots, kept)])
-        state.set.slots[:, 1:] = -1
+        state.set.place((slice(None), slice(1, None)), NO_SLOT)
 
     def _drop_pending(self, state: _State) -> None:
         if state.pending is not None:

@@ -1,8 +1,13 @@
 """Which chunks of one request are resident, per lane, and in which slots: the rows that attention kernels read."""
 
+import itertools
+from typing import Any
+
 import numpy as np
 
 NO_SLOT = -1
+
+_versions = itertools.count(1)
 
 
 class ResidentSet:
@@ -12,7 +17,9 @@ class ResidentSet:
     particular order (RoPE is in the keys, so attention does not ask for one). A slot of -1 says that the chunk is kept
     but the pool had no room: attention streams it from the host store.
 
-    chunks, slots: int32 [lanes, width]. counts: int32 [lanes], entries in use.
+    chunks, slots: int32 [lanes, width], changed by the methods here alone. counts: int32 [lanes], entries in use.
+    version: another one after every change, which no other set has had: what was made of a set is good as long as the
+    version is the same.
     """
 
     def __init__(self, num_lanes: int, width: int = 16) -> None:
@@ -22,6 +29,7 @@ class ResidentSet:
         self.tail = -1
         # Kept chunks without a slot. When 0, attention need not look for them.
         self.missing = 0
+        self.version = next(_versions)
 
     @property
     def num_resident(self) -> int:
@@ -40,6 +48,7 @@ class ResidentSet:
     def extend(self, chunks: np.ndarray, slots: np.ndarray) -> None:
         """Add the newest chunks, ascending int [n], in slots int [lanes, n]. The last one becomes the tail; the old
         tail, now full, stays in the set."""
+        self.version = next(_versions)
         older, older_slots = chunks[:-1], slots[:, :-1]
         if self.tail >= 0:
             older = np.concatenate([[self.tail], older])
@@ -59,6 +68,7 @@ class ResidentSet:
 
     def append(self, lane: int, chunks: np.ndarray, slots: np.ndarray) -> None:
         """Add full chunks to a lane."""
+        self.version = next(_versions)
         count, added = int(self.counts[lane]), len(chunks)
         self._reserve(count + added)
         self.chunks[lane, count : count + added] = chunks
@@ -68,6 +78,7 @@ class ResidentSet:
 
     def swap(self, lane: int, entries: np.ndarray, chunks: np.ndarray, slots: np.ndarray) -> None:
         """Put full chunks in the place of entries int [e] of a lane (never the tail's); the numbers may differ."""
+        self.version = next(_versions)
         self.missing -= int((self.slots[lane, entries] < 0).sum())
         both = min(len(entries), len(chunks))
         self.chunks[lane, entries[:both]] = chunks[:both]
@@ -81,6 +92,13 @@ class ResidentSet:
             self.counts[lane] = len(kept)
         elif both < len(chunks):
             self.append(lane, chunks[both:], slots[both:])
+
+    def place(self, where: Any, slots: np.ndarray | int) -> None:
+        """Give entries other slots, -1 for none. where: the entries, as an index of `slots`."""
+        self.version = next(_versions)
+        self.missing -= int((self.slots[where] < 0).sum())
+        self.slots[where] = slots
+        self.missing += int((self.slots[where] < 0).sum())
 
     def _reserve(self, width: int) -> None:
         have = self.chunks.shape[1]

@@ -56,6 +56,8 @@ class Shares:
 
     def overdrawn(self, wholes: Mapping[Request, bool]) -> list[Request]:
         """Those of the whole requests, largest first, that have to fall back to their budget for all to fit."""
+        if not any(wholes.values()):
+            return []
         total = sum(self.footprint(request, whole) for request, whole in wholes.items())
         fallen: list[Request] = []
         for request in sorted(wholes, key=lambda r: -r.length):

@@ -11,6 +11,7 @@ them in each of 21 layers are 6.3 MB for a row and step, 0.12 ms of a link of 50
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,11 +25,12 @@ from vllm_lsa.models.deepseek_v4.device_tables import DeviceTables
 from vllm_lsa.models.deepseek_v4.engine import DeepseekV4Engine, EntryPlan
 from vllm_lsa.models.deepseek_v4.exact import ExactSets
 from vllm_lsa.models.deepseek_v4.geometry import EntryGeometry
+from vllm_lsa.models.deepseek_v4.page_tables import PageTable
 from vllm_lsa.models.deepseek_v4.scorer import PagedScorer
 from vllm_lsa.models.deepseek_v4.selection import FULL_PAGES, TOP_K
 from vllm_lsa.ops.missing_entries import ENTRY_BYTES, read_missing
 from vllm_lsa.residency.lookahead import LookaheadScheduler
-from vllm_lsa.residency.plan import Row
+from vllm_lsa.residency.requests import Request
 
 
 class DeepseekV4DeviceEngine(DeepseekV4Engine):
@@ -101,24 +103,29 @@ class DeepseekV4DeviceEngine(DeepseekV4Engine):
         self.tables.send(plan, self.store.lane_offset, self.transfers)
         return plan
 
-    def _held(self, row: Row) -> tuple[np.ndarray, np.ndarray | None, int]:
-        blocks, slots, entries = super()._held(row)
-        if slots is None:
-            return blocks[:0], None, entries  # a prompt, which needs no table
-        if self.exact is not None:
-            return blocks, slots, entries
-        lacking = np.any(slots < 0, axis=0)
-        if not lacking.any():
-            return blocks, slots, entries
+    def _history(self, request: Request) -> PageTable:
+        # A prompt needs no table: it reads the store by vLLM's own.
+        return replace(super()._history(request), blocks=request.blocks[:0])
+
+    def _resident_pages(self, request: Request) -> PageTable:
+        table = super()._resident_pages(request)
+        if self.exact is not None or table.complete:
+            return table
         logger_once(
             "the device pool (%d slots) is smaller than what is kept: pages without a slot are left out of their "
             "request's set; raise lsa.device_pool_gib or lower lsa.budget",
             self.pool.num_slots,
         )
-        # The last page may be partly filled.
-        last = entries - (len(blocks) - 1) * self.geometry.entries
-        left = int(lacking[:-1].sum()) * self.geometry.entries + (last if lacking[-1] else 0)
-        return blocks[~lacking], slots[:, ~lacking], entries - left
+        assert table.slots is not None
+        here = np.all(table.slots >= 0, axis=0)
+        return replace(
+            table,
+            blocks=table.blocks[here],
+            slots=table.slots[:, here],
+            full=int(here[:-1].sum()),
+            tail=table.tail if here[-1] else None,
+            complete=True,
+        )
 
     def write_through_on_device(self, layer: int, pages: int) -> None:
         """Repeat in the pool the first `pages` pages that the step has written. Fit for a CUDA graph."""

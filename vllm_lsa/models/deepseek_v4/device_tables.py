@@ -6,6 +6,7 @@ import torch
 from vllm_lsa.memory.device_transfers import DeviceTransfers
 from vllm_lsa.models.deepseek_v4.engine import EntryPlan
 from vllm_lsa.models.deepseek_v4.geometry import EntryGeometry
+from vllm_lsa.models.deepseek_v4.page_tables import PageTable
 
 
 class DeviceTables:
@@ -44,47 +45,56 @@ class DeviceTables:
         self.written_slot = full(-1, layers, most)
         self.last_token = full(0, rows, dtype=torch.int64)
         self.last_row = full(rows, rows, dtype=torch.int64)
-        # What was sent last: between two cycles most steps change lengths alone.
-        self._sent: tuple[np.ndarray, np.ndarray] | None = None
+        # Version of the set whose pages each row has; what was sent last of entries, last_token and last_row.
+        self._versions = [0] * rows
+        self._sent: list[np.ndarray] | None = None
         self._written = most
 
     def send(self, plan: EntryPlan, lane_offset: np.ndarray, transfers: DeviceTransfers) -> None:
-        """Bring a step's plan to the device, in the order of the stream. lane_offset: see `HostStore`."""
+        """Bring to the device what a step's plan changes, in the order of the stream. lane_offset: see `HostStore`."""
         decodes = len(plan.pool_rows)
         assert plan.pool_rows == list(range(decodes)), "rows that decode come first"
-        table, slots = plan.table[:decodes].numpy(), plan.slots[:, :decodes].numpy().astype(np.int32)
-        width = table.shape[1]
-        if width and (self._sent is None or not _same(self._sent, (table, slots))):
-            transfers.update([(self.table[:decodes, :width], table), (self.slots[:, :decodes, :width], slots)])
-            self._sent = table.copy(), slots
+        pairs = self._changed_pages(plan.shown[:decodes])
         entries = np.zeros((self.rows, 1), np.int32)
         entries[:decodes, 0] = plan.entries[:decodes].numpy()
         pages, count = plan.written_pages, len(plan.written_pages)
         # A graph repeats as many as it has rows; what an earlier step wrote must not be among them.
         last = max(count, self._written)
-        page, slot = np.zeros((len(slots), last), np.int64), np.full((len(slots), last), -1, np.int32)
-        page[:, :count] = pages[None, :] + lane_offset[:, None]
-        slot[:, :count] = plan.written_slots
+        if last:
+            page = np.zeros((plan.num_layers, last), np.int64)
+            slot = np.full((plan.num_layers, last), -1, np.int32)
+            page[:, :count] = pages[None, :] + lane_offset[:, None]
+            slot[:, :count] = plan.written_slots
+            pairs += [(self.written_page[:, :last], page), (self.written_slot[:, :last], slot)]
         self._written = count
         rows = len(plan.rows)
         token, row = np.zeros(self.rows, np.int64), np.full(self.rows, self.rows, np.int64)
         token[:rows], row[:rows] = plan.last_token.numpy(), plan.last_row.numpy()
-        pairs: list[tuple[torch.Tensor, np.ndarray]] = [
-            (self.entries, entries),
-            (self.last_token, token),
-            (self.last_row, row),
-        ]
-        if last:
-            pairs += [(self.written_page[:, :last], page), (self.written_slot[:, :last], slot)]
+        pairs += self._changed([entries, token, row])
         transfers.update(pairs)
+
+    def _changed_pages(self, shown: list[PageTable]) -> list[tuple[torch.Tensor, np.ndarray]]:
+        """Rows that have others' pages, or those of another version of their set, and what they are to have."""
+        pairs = []
+        for i, table in enumerate(shown):
+            if self._versions[i] != table.version:
+                assert table.slots is not None
+                pages, self._versions[i] = len(table.blocks), table.version
+                pairs += [(self.table[i, :pages], table.blocks), (self.slots[:, i, :pages], table.slots)]
+        return pairs
+
+    def _changed(self, values: list[np.ndarray]) -> list[tuple[torch.Tensor, np.ndarray]]:
+        """Those of entries, last_token and last_row that are not on the device yet."""
+        before, self._sent = self._sent, values
+        pairs = list(zip((self.entries, self.last_token, self.last_row), values, strict=True))
+        if before is None:
+            return pairs
+        return [pair for pair, old in zip(pairs, before, strict=True) if not np.array_equal(pair[1], old)]
 
     def clear(self) -> None:
         """For a step of no requests: nothing is read, repeated or noted."""
+        self._sent = None
         self.entries.zero_()
         self.written_slot.fill_(-1)
         self.last_token.zero_()
         self.last_row.fill_(self.rows)
-
-
-def _same(one: tuple[np.ndarray, ...], other: tuple[np.ndarray, ...]) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))

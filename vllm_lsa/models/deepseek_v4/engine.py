@@ -9,6 +9,7 @@ pool. With indexer="exact" it is shown all blocks, and what it chose is brought 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from vllm_lsa.models.deepseek_v4.exact import ExactReads, ExactSets
 from vllm_lsa.models.deepseek_v4.geometry import EntryGeometry
 from vllm_lsa.models.deepseek_v4.memory_indexer import threshold_of
 from vllm_lsa.models.deepseek_v4.native import LastHidden, LastQueries
+from vllm_lsa.models.deepseek_v4.page_tables import PageTable, PageTables
 from vllm_lsa.models.deepseek_v4.scorer import PagedScorer
 from vllm_lsa.models.deepseek_v4.selection import TOP_K, least_budget, page_count, resident_entries, select_pages
 from vllm_lsa.residency.lookahead import LookaheadScheduler
@@ -38,27 +40,53 @@ _CPU = torch.device("cpu")
 class EntryPlan:
     """One step of R rows, t tokens, L c4 layers.
 
-    rows: in the order of the batch. table: int32 [R, W], blocks whose entries each row chooses from, in order, 0
-    behind: the resident ones for a row that decodes, all of its own for the others. entries: int32 [R], entries there.
-    slots: int64 [L, R, W], where the pages of decoding rows are in the pool; -1 for none. Exact: on a CPU each layer
-    changes it.
+    rows: in the order of the batch. shown: the pages that each row chooses from: the resident ones for a row that
+    decodes, all of its own for the others (on a CUDA device none). entries: int32 [R], entries there.
     pool_rows, host_rows: rows that read the pool, and the store: prompts, and rows that decode with kept pages that got
-    no slot. token_row: int64 [t].
+    no slot.
     written_pages: int64 [n], pages (of the first layer) that this step adds entries to, and that have a slot in the
     pool; written_slots: int64 [L, n]. last_token, last_row: int64 [R], last token of each row and its row in buffers.
+
+    What a CUDA device does not need is laid out when it is asked for.
     """
 
     rows: list[Row]
-    table: torch.Tensor
+    num_layers: int
+    shown: list[PageTable]
     entries: torch.Tensor
-    slots: torch.Tensor
     pool_rows: list[int]
     host_rows: list[int]
-    token_row: torch.Tensor
     written_pages: np.ndarray
     written_slots: np.ndarray
     last_token: torch.Tensor
     last_row: torch.Tensor
+
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """Blocks of `shown`, int32 [R, W], 0 behind."""
+        table = np.zeros((len(self.shown), self._width), np.int32)
+        for i, shown in enumerate(self.shown):
+            table[i, : len(shown.blocks)] = shown.blocks
+        return torch.from_numpy(table)
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """Slots of `shown`, int64 [L, R, W]; -1 for none, and for rows without. Exact: on a CPU each layer changes
+        it."""
+        slots = np.full((self.num_layers, len(self.shown), self._width), -1, np.int64)
+        for i, shown in enumerate(self.shown):
+            if shown.slots is not None:
+                slots[:, i, : len(shown.blocks)] = shown.slots
+        return torch.from_numpy(slots)
+
+    @cached_property
+    def token_row(self) -> torch.Tensor:
+        """Row of each token, int64 [t]."""
+        return torch.arange(len(self.rows)).repeat_interleave(torch.tensor([row.length for row in self.rows]))
+
+    @property
+    def _width(self) -> int:
+        return max((len(shown.blocks) for shown in self.shown), default=0)
 
 
 @dataclass
@@ -99,6 +127,7 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
         by_model = scorer is not None or config.indexer in ("native", "exact")
         self._policy = None if by_model else make_policy(config.indexer, 0, 0, geometry.dtype)
         self._keys: list[torch.Tensor] = []
+        self._tables = PageTables(self._resident_pages, check=config.check != "off")
 
     @staticmethod
     def staging_pages(max_requests: int) -> int:
@@ -142,60 +171,68 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
         assert self.store is not None
         placed = self._placed(rows)
         self.lookahead.prepare(placed)
-        held = [self._held(row) for row in placed]
-        width = max((len(blocks) for blocks, _, _ in held), default=0)
-        table = np.zeros((len(placed), width), np.int32)
-        slots = np.full((self.geometry.num_layers, len(placed), width), -1, np.int64)
-        pool_rows, host_rows = [], []
-        for i, (blocks, found, _) in enumerate(held):
-            table[i, : len(blocks)] = blocks
-            if found is None:
-                host_rows.append(i)
-                continue
-            slots[:, i, : len(blocks)] = found
-            if self.exact is None and (found < 0).any():
-                logger_once(
-                    "the device pool (%d slots) is smaller than what is kept: requests that lack slots read the host "
-                    "store at every step, which is exact but slow; raise lsa.device_pool_gib or lower lsa.budget",
-                    self.pool.num_slots,
-                )
-                host_rows.append(i)
-            else:
-                pool_rows.append(i)
+        shown = [self._shown(row.request) for row in placed]
+        from_pool = [self._reads_pool(table) for table in shown]
         written_pages, written_slots = self._written(placed)
+        entries = [table.entries(self.geometry, row.request.length) for table, row in zip(shown, placed, strict=True)]
         return EntryPlan(
             rows=placed,
-            table=torch.from_numpy(table),
-            entries=torch.tensor([entries for _, _, entries in held], dtype=torch.int32),
-            slots=torch.from_numpy(slots),
-            pool_rows=pool_rows,
-            host_rows=host_rows,
-            token_row=torch.arange(len(placed)).repeat_interleave(torch.tensor([r.length for r in placed])),
+            num_layers=self.geometry.num_layers,
+            shown=shown,
+            entries=torch.tensor(entries, dtype=torch.int32),
+            pool_rows=[i for i, pool in enumerate(from_pool) if pool],
+            host_rows=[i for i, pool in enumerate(from_pool) if not pool],
             written_pages=written_pages,
             written_slots=written_slots,
             last_token=torch.tensor([row.start + row.length - 1 for row in placed]),
             last_row=torch.tensor([self.lookahead.row(row.request) for row in placed]),
         )
 
-    def _held(self, row: Row) -> tuple[np.ndarray, np.ndarray | None, int]:
-        """(blocks int32 [n] in order, their slots int64 [L, n], entries in them) of a row that decodes; slots None for
-        one that reads its whole history from the store."""
-        request, g = row.request, self.geometry
-        entries = g.num_entries(request.length)
-        if not self.lookahead.is_decode(request):
-            return request.blocks[: g.chunks(request.length)], None, entries
-        if self.exact is not None:
-            found = self.exact.every_slot(request)
-            return request.blocks[: found.shape[1]], found, entries
+    def _shown(self, request: Request) -> PageTable:
+        """What a row of the request chooses from in this step."""
+        if self.lookahead.is_decode(request):
+            return self._tables.of(request, self.lookahead.resident(request).version)
+        return self._history(request)
+
+    def _history(self, request: Request) -> PageTable:
+        """All pages of a request that reads the store."""
+        pages = self.geometry.chunks(request.length)
+        return PageTable(request.blocks[:pages], None, full=pages - 1, tail=pages - 1)
+
+    def _reads_pool(self, table: PageTable) -> bool:
+        """Whether a row reads what it chooses in the pool."""
+        if table.slots is None:
+            return False
+        if self.exact is None and not table.complete:
+            logger_once(
+                "the device pool (%d slots) is smaller than what is kept: requests that lack slots read the host "
+                "store at every step, which is exact but slow; raise lsa.device_pool_gib or lower lsa.budget",
+                self.pool.num_slots,
+            )
+            return False
+        return True
+
+    def _resident_pages(self, request: Request) -> PageTable:
+        """The table of a request's resident set; exact: all of its pages, those that are resident with slots."""
         resident = self.lookahead.resident(request)
-        # One set for all layers, so that one order serves all.
-        chunks = resident.lane(0)[0]
-        if self.config.check != "off" and (resident.chunks[:, : len(chunks)] != chunks).any():
-            raise RuntimeError(f"the c4 layers of {request.id} have different resident sets")
-        order = chunks.argsort()
-        slots = resident.slots[:, : len(chunks)][:, order].astype(np.int64)
-        absent = resident.tail + 1 - len(chunks)
-        return request.blocks[chunks[order]], slots, entries - absent * g.entries
+        if self.exact is not None:
+            slots = self.exact.every_slot(request)
+            chunks = np.arange(slots.shape[1])
+        else:
+            # One set for all layers, so that one order serves all.
+            chunks = resident.lane(0)[0]
+            if self.config.check != "off" and (resident.chunks[:, : len(chunks)] != chunks).any():
+                raise RuntimeError(f"the c4 layers of {request.id} have different resident sets")
+            order = chunks.argsort()
+            chunks, slots = chunks[order], resident.slots[:, : len(chunks)][:, order]
+        return PageTable(
+            request.blocks[chunks],
+            slots,
+            full=len(chunks) - 1,
+            tail=resident.tail,
+            version=resident.version,
+            complete=bool((slots >= 0).all()),
+        )
 
     def _written(self, rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
         """Pages that this step adds entries to and that have slots, see `EntryPlan`. A page has one in all layers or in
@@ -326,6 +363,7 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
             row = self.lookahead.row(request)
             self.queries.forget(row)
             self.hidden.forget(row)
+        self._tables.forget(request)
         self.lookahead.leave(request)
 
     def _quiesce(self) -> None:

@@ -51,11 +51,12 @@ class ExactSets:
         return found
 
     def every_slot(self, request: Request) -> np.ndarray:
-        """`slots` of all layers, int64 [L, chunks]."""
+        """`slots` of all layers, int32 [L, chunks]."""
         resident = self._lookahead.resident(request)
-        used = np.arange(resident.chunks.shape[1]) < resident.counts[:, None]
-        found = np.full((len(used), self._geometry.chunks(request.length)), -1, np.int64)
-        found[np.nonzero(used)[0], resident.chunks[used]] = resident.slots[used]
+        found = np.full((len(resident.counts), self._geometry.chunks(request.length)), -1, np.int32)
+        for layer, row in enumerate(found):
+            chunks, slots = resident.lane(layer)
+            row[chunks] = slots
         return found
 
 
