@@ -173,8 +173,9 @@ def test_number_of_splits():
     geometry = dataclasses.replace(shape(torch.bfloat16, 128), num_q_heads=32, num_kv_heads=8, layer_lanes=8)
     config = DecodeConfig.default(geometry)
     assert (config.tile, config.warps, config.stages, config.per_sm) == (64, 2, 3, 3)
-    half = dataclasses.replace(geometry, dtype=torch.uint8)
-    assert DecodeConfig.default(half).tile == 128  # as many bytes
+    # As many bytes under way, in tiles of as many tokens.
+    half = DecodeConfig.default(dataclasses.replace(geometry, dtype=torch.uint8))
+    assert half == dataclasses.replace(config, stages=5)
     scratch = DecodeScratch(torch.empty(0), torch.empty(0), 256, 396, config)  # an H100: 132 · 3
     assert scratch.splits(4, 8, 131072) == 12
     assert scratch.splits(1, 8, 131072) == 47

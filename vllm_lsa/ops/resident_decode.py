@@ -38,11 +38,12 @@ class DecodeConfig:
 
         A warp for every 32 tokens: where threads outnumber the tile's tokens, Triton looks a token's page up in every
         thread that needs it, at twice the instructions. Wide heads and fp32, where it matters less, want the registers.
+        Pages of e4m3 have the same tiles, whose keys and values are as large in registers, and more of them under way.
         """
         elements, size = 2 * power_of_two(geometry.head_dim), geometry.compute_dtype.itemsize
         if size == 2 and elements <= 256:
-            tile = min(128, 2**15 // (elements * geometry.dtype.itemsize))
-            return cls(tile=tile, warps=tile // 32, stages=3, per_sm=3)
+            tile = min(128, 2**15 // (elements * size))
+            return cls(tile=tile, warps=tile // 32, stages=1 + 4 // geometry.dtype.itemsize, per_sm=3)
         return cls(tile=max(16, 2**16 // size // (elements * size)), warps=4, stages=3, per_sm=2)
 
 
