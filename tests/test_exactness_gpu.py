@@ -32,6 +32,8 @@ def engine(eager: bool, lsa: dict[str, Any] | None = None, **more: Any) -> dict[
 def scenarios() -> list[dict[str, Any]]:
     text = prompts.document()
     shared = [text[:SHARED] + text[SHARED + 50 * i : SHARED + 50 * i + 30] for i in range(4)]
+    # Found in blocks that are filled in the same step.
+    at_once = [text[3000 : 3000 + SHARED] + text[4000 + 50 * i : 4030 + 50 * i] for i in range(4)]
     batch = [prompts.of_length(n) for n in BATCH]
 
     def scenario(name: str, tokens: list[list[int]], together: bool) -> dict[str, Any]:
@@ -40,6 +42,7 @@ def scenarios() -> list[dict[str, Any]]:
     return [
         scenario("lengths", [prompts.of_length(n) for n in (1, 15, 16, 17, 300, 2000)], False),
         scenario("sharing", shared, False),
+        scenario("sharing at once", at_once, True),
         scenario("together", batch, True),
     ]
 
@@ -59,7 +62,7 @@ def stock(tmp_path_factory) -> dict[str, Any]:
 def test_with_everything_kept_the_tokens_are_those_of_a_stock_backend(stock, tmp_path, settings, eager):
     llm = engine(eager, settings, max_num_batched_tokens=512)
     got = run_module("tests.generate", {"llm": llm, "scenarios": scenarios()}, tmp_path, 900)
-    for name in ("lengths", "sharing", "together"):
+    for name in ("lengths", "sharing", "sharing at once", "together"):
         assert got[name] == stock[name], name
     counts = got["counts"]
     assert counts["pinned"] == counts["live"] == counts["cycles"] == 0
