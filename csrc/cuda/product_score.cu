@@ -21,7 +21,7 @@ using namespace device;
 
 constexpr int kCodes = 256;
 constexpr int kLine = 128;  // bytes of shared memory that all banks deliver at a time
-constexpr int kMostThreads = 512;  // of a block that scores
+constexpr int kMostThreads = 256;  // of a block that scores: two of them share a multiprocessor, and its latencies
 constexpr int kLeanThreads = 640;  // as which it is compiled where it is to leave registers for `build_tables`
 constexpr int kFewItems = 16;  // rows times KV heads up to which it is
 constexpr int kTogether = 4;  // subspaces whose entries are added in bytes, and whose look-ups are under way together

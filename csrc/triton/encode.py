@@ -19,6 +19,8 @@ _TOKENS, _PAGES, _ROWS = tl.constexpr(TOKENS), tl.constexpr(PAGES), tl.constexpr
 _DYNAMIC = [
     "n", "row_blocks", "row_pages", "key_token", "key_head", "layer", "cell_block", "cell_head", "cell_chunk",
 ]  # fmt: skip
+_MOST_ROWS = 1024
+"""Rows of a step that a program looks at: one number for all steps, so that none waits for a compilation."""
 _PROGRAMS = 4
 """For the rows of a step, per layer, KV head and few subspaces: rows seldom complete their chunks together."""
 
@@ -257,5 +259,5 @@ def encode(
     _product[(programs, kv_heads, triton.cdiv(subspaces, each) * together)](
         keys, source, blocks, places, *slots, to_code, mean, centroids, cells, *dynamic,
         M=subspaces, WIDTH=width, WIDTH_PAD=width_pad, CHUNKS=chunks, TOKENS=tokens, SUBSPACES=each,
-        ROWS_PAD=triton.next_power_of_2(n) if kind == ROWS else 1, **static, num_warps=4,
+        ROWS_PAD=max(_MOST_ROWS, triton.next_power_of_2(n)) if kind == ROWS else 1, **static, num_warps=4,
     )  # fmt: skip

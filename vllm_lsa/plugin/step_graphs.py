@@ -11,7 +11,10 @@ from typing import Any, Protocol
 
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
+
+logger = init_logger("vllm.lsa")
 
 
 class Steps(Protocol):
@@ -58,5 +61,6 @@ def hook(steps_of: Callable[[VllmConfig], Steps | None]) -> None:
             steps.step_demands = True
             self.graphs, self._capture_descs = demanding, descriptors
         self.graphs.update(both)
+        logger.info("LSA: %d CUDA graphs were captured once more, for steps that need no demand", len(both))
 
     CudaGraphManager.capture = capture
