@@ -39,10 +39,14 @@ SHORT, MIDDLE, LONG, LONGEST = (prompt(length) for length in (40, 700, 3000, 900
 WHOLE = [batch(one, max_tokens=12) for one in (SHORT, MIDDLE, LONG, LONGEST)]
 WHOLE += [batch(prompt(2300), MIDDLE, LONG, SHORT, max_tokens=24)]
 SPARSE = [batch(LONGEST, max_tokens=90), batch(LONGEST, LONG, prompt(2300), max_tokens=50)]
-# A long request decodes when six shorter ones come, beside which it is on a budget, and four more, for which it has to
-# leave. vLLM takes 216 blocks at the least for this length, with two steps of 64 tokens under way.
+# A long request decodes when ten shorter ones come: five fit beside it, and it is on a budget then; for their windows
+# it has to leave, two cycles later and with a set chosen ahead. tests/test_v4_scheduled.py says so without a GPU.
+# vLLM takes 216 blocks at the least for this length, with two steps of 64 tokens under way.
 GROWING = batch(LONG, *(prompt(30) for _ in range(10)), max_tokens=110)
-GROWING |= {"late": {index: 60 + index + 45 * (index > 6) for index in range(1, 11)}, "priorities": [1, *[0] * 10]}
+GROWING |= {"late": {index: 71 + index + 45 * (index > 6) for index in range(1, 11)}, "priorities": [1, *[0] * 10]}
+# In each layer 16 pages: of the long request, beside five of one page each, 10 of 12.
+AHEAD = {"indexer": "native", "budget": 0.75, "period": 16, "lead": 5, "recency_tokens": 1792}
+AHEAD |= {"device_pool_gib": 16 * LAYERS * PAGE / 2**30}
 FEW_BLOCKS = {"chunk": 64, "kv_cache_memory_bytes": 220 * PAGE, "max_model_len": 3200, "max_num_seqs": 12}
 FEW_BLOCKS |= {"scheduling_policy": "priority"}
 
@@ -118,10 +122,7 @@ def test_a_memory_indexer_chooses_from_prompts_read_in_chunks(path, tmp_path, gr
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
 def test_a_request_whose_sets_are_chosen_ahead_is_preempted_and_comes_back(path, tmp_path, graphs):
-    """In each layer 17 pages of 13 + 6 · 1, then of more."""
-    settings = {"indexer": "native", "budget": 0.75, "period": 16, "lead": 5, "recency_tokens": 1792}
-    settings["device_pool_gib"] = 17 * LAYERS * PAGE / 2**30
-    lsa = run(tmp_path, path, [GROWING], settings, graphs, **FEW_BLOCKS)
+    lsa = run(tmp_path, path, [GROWING], AHEAD, graphs, **FEW_BLOCKS)
     assert lsa["preemptions"] > 0
     assert [len(tokens) for tokens in lsa["tokens"][0]] == [GROWING["max_tokens"]] * len(GROWING["prompts"])
     assert 16 - 5 in lsa["steps"] and lsa["pinned"] == 0

@@ -12,8 +12,9 @@ To be added: the pool of resident pages, at 1M and 12 % 368.9 MiB, or 441.9 with
 while a prompt is read, states of every token in flight: 3.1 GiB for chunks of 8,192, in stock vLLM as well.
 """
 
-import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,26 +29,18 @@ from vllm_lsa.models.deepseek_v4.settings import for_deepseek_v4
 from vllm_lsa.models.deepseek_v4.specs import Cache
 
 pytest.importorskip("vllm")
-from vllm.config import (  # noqa: E402
-    CacheConfig,
-    ModelConfig,
-    SchedulerConfig,
-    VllmConfig,
-    set_current_vllm_config,
-)
-from vllm.models.deepseek_v4.attention import DeepseekV4Attention, DeepseekV4IndexerCache  # noqa: E402
-from vllm.models.deepseek_v4.compressor import CompressorStateCache  # noqa: E402
+from vllm.config import VllmConfig  # noqa: E402
 from vllm.sampling_params import SamplingParams  # noqa: E402
 from vllm.utils.hashing import sha256  # noqa: E402
 from vllm.v1 import kv_cache_spec_registry  # noqa: E402
-from vllm.v1.attention.backends.mla.sparse_swa import DeepseekV4SWACache  # noqa: E402
 from vllm.v1.core import kv_cache_utils  # noqa: E402
 from vllm.v1.core.kv_cache_manager import KVCacheManager  # noqa: E402
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, register_all_kvcache_specs  # noqa: E402
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, MLAAttentionSpec  # noqa: E402
+from vllm.v1.kv_cache_interface import KVCacheConfig, MLAAttentionSpec  # noqa: E402
 from vllm.v1.request import Request  # noqa: E402
-from vllm.v1.worker.utils import customize_attention_spec  # noqa: E402
 
+from tests.v4 import planned  # noqa: E402
+from tests.v4.planned import Specs  # noqa: E402
 from vllm_lsa.models.deepseek_v4 import runtime as runtime_of_v4  # noqa: E402
 from vllm_lsa.models.deepseek_v4.runtime import DeepseekV4Runtime  # noqa: E402
 
@@ -57,69 +50,34 @@ K256, K512, M1 = 1 << 18, 1 << 19, 1 << 20
 BUDGET = 60 * GIB
 CHUNK = 8192
 
-Specs = Mapping[str, KVCacheSpec]
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> VllmConfig:
     """V4-Flash's as the engine would have it on a GPU, at a million tokens."""
-    folder = tmp_path_factory.mktemp("v4")
     flash = {
         **model.CONFIG, "num_hidden_layers": len(RATIOS), "compress_ratios": RATIOS, "hidden_size": 4096,
         "index_n_heads": 64, "max_position_embeddings": M1,
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(flash))
-    made = VllmConfig(
-        model_config=ModelConfig(str(folder), skip_tokenizer_init=True, max_model_len=M1, dtype="bfloat16"),
-        cache_config=CacheConfig(block_size=256, cache_dtype="fp8"),
-        scheduler_config=SchedulerConfig.default_factory(max_model_len=M1),
-    )
-    # What the attention backends and the GPU's engine core resolve; the CPU's would turn chunked prefill off.
-    made.cache_config.cache_dtype = "fp8_ds_mla"
-    made.cache_config.kv_cache_layout = "BLHNC"
-    made.scheduler_config.max_num_batched_tokens = CHUNK
+    made: VllmConfig = planned.gpu_config(tmp_path_factory.mktemp("v4"), flash, M1, CHUNK)
     return made
 
 
 @pytest.fixture(scope="module")
 def stock(config: VllmConfig) -> Specs:
-    """Every cache's spec as vLLM's own classes declare it."""
-    out: dict[str, KVCacheSpec] = {}
-
-    def add(name: str, layer: Any) -> None:
-        out[name] = customize_attention_spec(layer.get_attn_backend(), layer.get_kv_cache_spec(config))
-
-    with set_current_vllm_config(config):
-        for layer, ratio in enumerate(RATIOS):
-            name = f"model.layers.{layer}.attn"
-            add(
-                f"{name}.swa_cache", DeepseekV4SWACache(512, 128, torch.uint8, f"{name}.swa_cache", config.cache_config)
-            )
-            if not ratio:
-                continue
-            # The layer itself cannot be made without a GPU; its method reads four fields.
-            attention = SimpleNamespace(
-                compress_ratio=ratio, kv_cache_dtype="fp8_ds_mla", head_dim=512, kv_cache_torch_dtype=torch.uint8
-            )
-            spec = DeepseekV4Attention.get_kv_cache_spec(attention, config)  # type: ignore[arg-type]
-            assert spec is not None
-            out[name] = spec
-            add_state(add, f"{name}.compressor.state_cache", 512, ratio)
-            if ratio == 4:
-                key = f"{name}.indexer.k_cache"
-                add(key, DeepseekV4IndexerCache(132, torch.uint8, key, config.cache_config, compress_ratio=4))
-                add_state(add, f"{name}.indexer.compressor.state_cache", 128, ratio)
-    return out
+    return planned.stock_specs(config)
 
 
-def add_state(add: Any, name: str, head_dim: int, ratio: int) -> None:
-    overlap = 2 if ratio == 4 else 1
-    add(name, CompressorStateCache(2 * overlap * head_dim, torch.float32, ratio, name))
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What is logged, by vLLM's loggers, which keep it from others'."""
+    logger = logging.getLogger("vllm.lsa")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 def plan(config: VllmConfig, specs: Specs, memory: int = BUDGET) -> KVCacheConfig:
-    (made,) = kv_cache_utils.get_kv_cache_configs(config, [dict(specs)], [memory])
-    return made
+    return planned.plan(config, specs, memory)
 
 
 def width(made: KVCacheConfig) -> int:
@@ -207,6 +165,62 @@ def test_a_worker_refuses_blocks_that_were_not_split(config: VllmConfig, stock: 
     v4.require_split(few, made.kv_cache_groups)
 
 
+def gpu_runtime(config: VllmConfig, specs: Specs, monkeypatch: pytest.MonkeyPatch) -> DeepseekV4Runtime:
+    """As it is when vLLM asks how much memory it may take, `specs` being what is left to it."""
+    monkeypatch.setattr(runtime_of_v4, "get_kv_cache_spec", lambda vllm_config: specs)
+    monkeypatch.setattr(DeepseekV4Runtime, "device", torch.device("cuda"))
+    runtime = DeepseekV4Runtime.__new__(DeepseekV4Runtime)
+    runtime.vllm_config = config
+    ratios = config.model_config.hf_config.compress_ratios
+    names = [f"model.layers.{layer}.attn" for layer, ratio in enumerate(ratios) if ratio == 4]
+    kept = {v4.layer_of(name) for name in names if f"{name}.indexer.k_cache" in specs}
+    runtime.__dict__["key_layers"] = None if len(kept) == len(names) else frozenset(kept)
+    runtime._attentions = [
+        SimpleNamespace(
+            prefix=name,
+            indexer=SimpleNamespace(k_cache=SimpleNamespace(prefix=f"{name}.indexer.k_cache")),
+            c4_page_bytes=lambda tokens: 64 * 585,
+        )
+        for name in names
+    ]
+    return runtime
+
+
+@pytest.mark.parametrize("under_way", [1, 2])
+@pytest.mark.parametrize("chunk", [64, 2048, 8192, 32768])
+@pytest.mark.parametrize(("length", "form"), [(9344, "small"), (9344, "lsa"), (M1, "lsa"), (M1, "index_keys_on_host")])
+def test_a_request_of_the_longest_length_can_always_start(
+    config: VllmConfig, stock: Specs, length: int, form: str, chunk: int, under_way: int, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """By default, however many tokens a step may have and however few requests may run: vLLM itself says so."""
+    if form == "small":
+        config = planned.gpu_config(tmp_path, model.CONFIG, length, chunk)
+        stock, form = planned.stock_specs(config), "lsa"
+    specs, scheduler = specs_of(form, stock), config.scheduler_config
+    for name, value in (("max_num_batched_tokens", chunk), ("max_num_seqs", 1), ("async_scheduling", under_way == 2)):
+        monkeypatch.setattr(scheduler, name, value)
+    monkeypatch.setattr(config.model_config, "max_model_len", length)
+    assert config.max_concurrent_batches == under_way
+    runtime = gpu_runtime(config, specs, monkeypatch)
+    runtime.config = for_deepseek_v4(LsaConfig(device_pool_gib=1))
+    block = v4.block_width(specs)
+    capped = runtime.cap_memory(1000 * GIB)
+    made = plan(config, specs, capped)
+    least = runtime._least_blocks(specs)
+    assert made.num_blocks == capped // block >= least
+    # That is the least for vLLM, and what the user has set to less is said to be too little.
+    plan(config, specs, least * block)
+    with pytest.raises(ValueError, match="To serve at least one request"):
+        plan(config, specs, (least - 1) * block)
+    page = runtime._page_bytes(specs) * len(runtime._attentions)
+    runtime.config = for_deepseek_v4(LsaConfig(device_pool_gib=1, host_memory_gib=(least + 0.5) * page / GIB))
+    assert runtime.cap_memory(1000 * GIB) == least * block and "host_memory_gib" not in said.text
+    runtime.config = for_deepseek_v4(LsaConfig(device_pool_gib=1, host_memory_gib=(least - 0.5) * page / GIB))
+    assert runtime.cap_memory(1000 * GIB) == (least - 1) * block
+    assert f"one request of max_model_len needs {least}: raise it" in said.text
+
+
 @pytest.mark.parametrize("form", ["lsa", "index_keys_on_host"])
 def test_a_gpu_gets_as_many_blocks_as_store_and_pool_allow(
     config: VllmConfig, stock: Specs, form: str, monkeypatch: pytest.MonkeyPatch
@@ -215,19 +229,7 @@ def test_a_gpu_gets_as_many_blocks_as_store_and_pool_allow(
     on_host = form == "index_keys_on_host"
     specs = specs_of(form, stock)
     block, page = width(plan(config, specs)), 21 * (37440 + (8640 if on_host else 0))
-    monkeypatch.setattr(runtime_of_v4, "get_kv_cache_spec", lambda vllm_config: specs)
-    monkeypatch.setattr(DeepseekV4Runtime, "device", torch.device("cuda"))
-    runtime = DeepseekV4Runtime.__new__(DeepseekV4Runtime)
-    runtime.vllm_config = config
-    runtime.__dict__["key_layers"] = frozenset(v4.SCORER_LAYERS) if on_host else None
-    runtime._attentions = [
-        SimpleNamespace(
-            prefix=f"model.layers.{layer}.attn",
-            indexer=SimpleNamespace(k_cache=SimpleNamespace(prefix=f"model.layers.{layer}.attn.indexer.k_cache")),
-            c4_page_bytes=lambda tokens: 64 * 585,
-        )
-        for layer in range(2, 43, 2)
-    ]
+    runtime = gpu_runtime(config, specs, monkeypatch)
 
     def blocks(available: int = BUDGET, **settings: Any) -> int:
         runtime.config = for_deepseek_v4(LsaConfig(**settings))
@@ -242,8 +244,9 @@ def test_a_gpu_gets_as_many_blocks_as_store_and_pool_allow(
     exact = blocks(indexer="exact", host_memory_gib=4096, device_pool_gib=20)
     assert exact == (BUDGET - staging - 20 * GIB) // block
     assert blocks(host_memory_gib=10) == 10 * GIB // page
-    # Four requests of a million tokens, and windows and states of those in a step.
-    assert blocks(1000 * GIB) == 4 * 4096 + 2 * CHUNK + 64 * config.scheduler_config.max_num_seqs
+    # Four requests of a million tokens, and windows and states of those in a step, of 1.9 blocks a token and 9.2.
+    seqs, reading = config.scheduler_config.max_num_seqs, {"lsa": 15599, "index_keys_on_host": 75678}[form]
+    assert blocks(1000 * GIB) == 4 * 4096 + reading + 64 * seqs
     monkeypatch.setattr(config.cache_config, "kv_cache_memory_bytes", BUDGET)
     assert blocks(host_memory_gib=4096) == BUDGET // block
 

@@ -9,6 +9,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 
 from vllm_lsa.config import GIB
@@ -35,8 +36,8 @@ from vllm_lsa.tiers import TieredEngine
 
 logger = init_logger("vllm.lsa")
 
-_STEP_BLOCKS, _ROW_BLOCKS = 2, 64
-"""Blocks of windows and states: for each token of a step (V4-Flash: 1.9, test_v4_planning.py), and each request."""
+_ROW_BLOCKS = 64
+"""Blocks of windows and states for each request that may run (V4-Flash's take 93 while it decodes)."""
 
 
 class DeepseekV4Runtime(Runtime):
@@ -86,7 +87,7 @@ class DeepseekV4Runtime(Runtime):
             return available
         specs = get_kv_cache_spec(self.vllm_config)
         on_host, on_device = self._page_bytes(specs) * len(self._attentions), block_width(specs)
-        blocks = self._host_blocks(on_host)
+        blocks = self._host_blocks(on_host, specs)
         if self.vllm_config.cache_config.kv_cache_memory_bytes is None:
             fixed, share = self.config.pool_size()
             if self.config.indexer == "exact":
@@ -95,16 +96,37 @@ class DeepseekV4Runtime(Runtime):
             blocks = min(blocks, int((available - fixed * GIB) / (on_device + share * on_host)))
         return min(available, max(0, blocks) * on_device)
 
-    def _host_blocks(self, block: int) -> int:
+    def _host_blocks(self, block: int, specs: Mapping[str, Any]) -> int:
         """Blocks of so many bytes for which the host store has room: as set, or for four requests of max_model_len.
 
-        Windows and states take blocks as well, which the store has rows for: those of the tokens of a step most of all.
+        Windows and states take blocks as well, which the store has rows for: those of the tokens under way most of all.
         """
+        least = self._least_blocks(specs)
         if self.config.host_memory_gib is not None:
-            return int(self.config.host_memory_gib * GIB / self._ranks) // block
+            blocks = int(self.config.host_memory_gib * GIB / self._ranks) // block
+            if blocks < least:
+                logger.warning(
+                    "lsa.host_memory_gib=%g has room for %d blocks, and one request of max_model_len needs %d: raise "
+                    "it to at least %.2f, or lower --max-model-len or --max-num-batched-tokens",
+                    self.config.host_memory_gib,
+                    blocks,
+                    least,
+                    least * block * self._ranks / GIB,
+                )
+            return blocks
+        # One is read while the others decode.
         pages = -(-self.vllm_config.model_config.max_model_len // (PAGE_ENTRIES * C4_TOKENS))
-        scheduler = self.vllm_config.scheduler_config
-        return 4 * pages + _STEP_BLOCKS * scheduler.max_num_batched_tokens + _ROW_BLOCKS * scheduler.max_num_seqs
+        return least + 3 * pages + _ROW_BLOCKS * self.vllm_config.scheduler_config.max_num_seqs
+
+    def _least_blocks(self, specs: Mapping[str, Any]) -> int:
+        """Blocks without which vLLM refuses to start: of all that one request of max_model_len may hold while as many
+        steps as vLLM has under way read it, and the one block that it gives to nobody."""
+        groups = get_kv_cache_groups(self.vllm_config, dict(specs))
+        most = {
+            name: -(-spec.max_memory_usage_bytes(self.vllm_config) // spec.page_size_bytes)
+            for name, spec in specs.items()
+        }
+        return 1 + sum(max(most[name] for name in group.layer_names) for group in groups)
 
     def _page_bytes(self, specs: Mapping[str, Any]) -> int:
         """Bytes of a page of one c4 layer in the host store. specs: {name: KVCacheSpec} of what vLLM keeps."""
