@@ -17,6 +17,7 @@ queries, are near those of a float64 twin, and its pages are what the rule makes
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -133,26 +134,41 @@ class Watch:
         return oracle.attend(q[row, :heads].cpu(), attention.attn_sink[:heads].cpu(), attention.scale, every)
 
     def selecting(self, engine: Any, scorers: Scorers | None) -> None:
-        """Note when selections are made, and check those of a memory indexer."""
-        stock, config = engine.lookahead._select, engine.config
+        """Note when selections are made or begun, and check those of a memory indexer."""
+        lookahead, config = engine.lookahead, engine.config
+        stock, stock_begin = lookahead._select, lookahead._begin
 
-        def select(request: Any, row: int, num_chunks: int, budget: np.ndarray, cycle: int, usage: Any) -> np.ndarray:
-            mask: np.ndarray = stock(request, row, num_chunks, budget, cycle, usage)
+        def noted(request: Any, row: int, num_chunks: int, budget: np.ndarray, cycle: int) -> Callable[..., np.ndarray]:
+            """What looks at the mask that is selected from the scores of now."""
             self.steps.append((request.num_computed - request.num_prompt) % config.period)
-            if scorers is not None:
-                scores = self.checked_scores(engine, scorers, request, row, cycle)
-                threshold = config.threshold
-                if "threshold" not in config.model_fields_set:
-                    threshold = scorers.threshold(config.budget)
-                kept = best_pages(
-                    scores, int(budget[0]) + -(-len(scores) // 64) - num_chunks, threshold,
-                    config.recency_tokens // 4, config.sink_tokens // 4,
-                )  # fmt: skip
+            if scorers is None:
+                return lambda mask: mask
+            scores = self.checked_scores(engine, scorers, request, row, cycle)
+            threshold = config.threshold
+            if "threshold" not in config.model_fields_set:
+                threshold = scorers.threshold(config.budget)
+            kept = best_pages(
+                scores, int(budget[0]) + -(-len(scores) // 64) - num_chunks, threshold,
+                config.recency_tokens // 4, config.sink_tokens // 4,
+            )  # fmt: skip
+
+            def checked(mask: np.ndarray) -> np.ndarray:
                 assert (mask == np.array(kept[:num_chunks])).all()
                 self.selected += 1
-            return mask
+                return mask
 
-        engine.lookahead._select = select
+            return checked
+
+        def select(*args: Any) -> np.ndarray:
+            return noted(*args[:5])(stock(*args))
+
+        def begin(*args: Any) -> Callable[[], np.ndarray]:
+            checked, read = noted(*args[:5]), stock_begin(*args)
+            return lambda: checked(read())
+
+        lookahead._select = select
+        if stock_begin is not None:
+            lookahead._begin = begin
 
     def checked_scores(self, engine: Any, scorers: Scorers, request: Any, row: int, cycle: int) -> list[float]:
         """The memory indexer's scores of a request's entries, compared with the twin's."""

@@ -1,6 +1,6 @@
 """Copies between host store and slot pool of a CUDA device: in the order of its stream, or beside it if asked ahead."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -107,6 +107,22 @@ class DeviceTransfers:
         """Overwrite tensors on the device, each with an array of its shape and dtype, in the order of the stream."""
         for tensor, array in pairs:
             tensor.copy_(self._pinned(array), non_blocking=True)
+
+    def download(self, tensor: torch.Tensor) -> Callable[[], np.ndarray]:
+        """Start a copy to the host, in the order of the stream. Returns what waits until it is there, and gives it."""
+        if self._side is None:
+            copied = tensor.clone()
+            return lambda: copied.numpy()
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+
+        def arrived() -> np.ndarray:
+            event.synchronize()
+            return host.numpy()
+
+        return arrived
 
     def close(self) -> None:
         """Wait until nothing is under way."""

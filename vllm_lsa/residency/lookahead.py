@@ -26,6 +26,14 @@ class Selector(Protocol):
         """bool [lanes, num_chunks], True for the full chunks to keep. budget_chunks: int64 [lanes]."""
 
 
+Beginner = Callable[[Request, int, int, np.ndarray, int, Usage | None], Callable[[], np.ndarray]]
+"""Starts what a `Selector` does, with the same arguments. What it returns gives the result, and waits if need be."""
+
+READ_AFTER = 2
+"""Decode steps after which a result that was begun is there: no more of them are under way at a time, so that the one
+that began it is over when a step so much later is planned."""
+
+
 class Fetcher(Protocol):
     """What brings pages into slots: `Transfers` on a CPU, `DeviceTransfers` on a CUDA device."""
 
@@ -59,6 +67,14 @@ class _Pending:
     ticket: Any
 
 
+@dataclass
+class _Begun:
+    """A selection under way since the step of a request that followed num_computed tokens."""
+
+    num_computed: int
+    read: Callable[[], np.ndarray]
+
+
 class _State:
     """Residency of one request. `whole` requests keep every chunk; the others what the last cycle selected."""
 
@@ -68,6 +84,7 @@ class _State:
         self.usage: Usage | None = None
         self.whole = True
         self.selected = False
+        self.begun: _Begun | None = None
         self.pending: _Pending | None = None
 
 
@@ -92,17 +109,21 @@ class LookaheadScheduler:
         agree: Callable[[bool], bool] = bool,
         demands: bool | None = None,
         single_prompt_tokens: bool = False,
+        begin: Beginner | None = None,
     ) -> None:
         """layer_weights: how the budget is shared out over layers, mean 1; None for equal shares.
         agree: whether a value is true on all ranks, which call it together. demands: whether steps take chunks in and
         note usage; default: as config says. single_prompt_tokens: whether a prompt's token that comes alone attends to
-        a resident set as well, as where one kernel serves all rows of one token."""
+        a resident set as well, as where one kernel serves all rows of one token. begin: where a selection would wait
+        for a device: with a lead above READ_AFTER it begins the selections that are not for the step's own cycle, whose
+        results are then read READ_AFTER steps later."""
         self._config = config
         self._geometry = geometry
         self._pool = pool
         self._transfers = transfers
         self._select = select
         self._agree = agree
+        self._begin = begin if config.lead > READ_AFTER else None
         self._shares = Shares(config, geometry, pool.num_slots, layer_weights)
         self._demands = config.demand != "off" if demands is None else demands
         self._single_prompt_tokens = single_prompt_tokens
@@ -204,6 +225,8 @@ class LookaheadScheduler:
         else:
             # Prefill of a request on a budget: its history is read from the host store, only the tail stays.
             first = last
+            # A set chosen before lacks what this step writes.
+            self._drop_pending(state)
             self._pool.release(state.set.all_slots())
             state.set = ResidentSet(self._geometry.num_lanes)
             state.selected = False
@@ -235,16 +258,28 @@ class LookaheadScheduler:
             if starts and state.set.missing:
                 self._refill(request, state.set)
             return
+        cycle = step // self._config.period
         if not state.selected or starts:
             if state.pending and state.pending.whole and not self._fits_whole(request):
                 self._drop_pending(state)
-            pending = state.pending or self._choose(request, state, step // self._config.period)
+            pending = state.pending or self._choose(request, state, cycle)
             self._apply(request, state, pending)
         elif self._config.lead and (step + self._config.lead) % self._config.period == 0:
-            state.pending = self._choose(request, state, step // self._config.period + 1, ahead=True)
+            self._choose_ahead(request, state, cycle + 1)
+        elif state.begun is not None and request.num_computed >= state.begun.num_computed + READ_AFTER:
+            mask, state.begun = state.begun.read(), None
+            state.pending = self._take(request, state, mask, whole=False, ahead=True)
+
+    def _choose_ahead(self, request: Request, state: _State, cycle: int) -> None:
+        if self._begin is None or self._fits_whole(request):
+            state.pending = self._choose(request, state, cycle, ahead=True)
+            return
+        full = request.num_computed // self._geometry.chunk_tokens
+        read = self._begin(request, state.row, full, self._shares.selected(full), cycle, state.usage)
+        state.begun = _Begun(request.num_computed, read)
 
     def _choose(self, request: Request, state: _State, cycle: int, ahead: bool = False) -> _Pending:
-        """Select a set and start fetching what it lacks. When not `ahead`, the old set is given back first."""
+        """Select a set and start fetching what it lacks, see `_take`."""
         full = request.num_computed // self._geometry.chunk_tokens
         whole = self._fits_whole(request)
         if whole:
@@ -252,6 +287,10 @@ class LookaheadScheduler:
         else:
             budget = self._shares.selected(full)
             mask = self._select(request, state.row, full, budget, cycle, state.usage)
+        return self._take(request, state, mask, whole, ahead)
+
+    def _take(self, request: Request, state: _State, mask: np.ndarray, whole: bool, ahead: bool) -> _Pending:
+        """Start fetching what a selected set lacks. When not `ahead`, the old set is given back first."""
         lanes, chunks = np.nonzero(mask)
         pages = self._transfers.store.page_ids(request.blocks, chunks, lanes)
         slots = self._pool.retain(pages)
@@ -285,7 +324,7 @@ class LookaheadScheduler:
         self._release_full(state)
         self._transfers.wait(pending.ticket)
         state.set = new
-        state.pending = None
+        state.begun = state.pending = None
         state.selected = True
         # Who is whole is all that ranks must agree on: lengths, caps and pool sizes are the same everywhere.
         state.whole = self._fits_whole(request) and self._agree(bool((new.counts == new.tail + 1).all()))
@@ -308,6 +347,7 @@ class LookaheadScheduler:
         state.set.place((slice(None), slice(1, None)), NO_SLOT)
 
     def _drop_pending(self, state: _State) -> None:
+        state.begun = None
         if state.pending is not None:
             # The copy writes into slots that the pool may hand out again as soon as they are released.
             self._transfers.wait(state.pending.ticket)

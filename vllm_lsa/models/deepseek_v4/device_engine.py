@@ -31,6 +31,7 @@ from vllm_lsa.models.deepseek_v4.selection import FULL_PAGES, TOP_K
 from vllm_lsa.ops.missing_entries import ENTRY_BYTES, read_missing
 from vllm_lsa.residency.lookahead import LookaheadScheduler
 from vllm_lsa.residency.requests import Request
+from vllm_lsa.residency.usage import Usage
 
 
 class DeepseekV4DeviceEngine(DeepseekV4Engine):
@@ -71,7 +72,7 @@ class DeepseekV4DeviceEngine(DeepseekV4Engine):
         self.transfers = DeviceTransfers(self.store, self.pool)
         self.lookahead = LookaheadScheduler(
             self.config, self.geometry, self.pool, self.transfers, self._select, self._max_requests, demands=False,
-            single_prompt_tokens=True,
+            single_prompt_tokens=True, begin=self._begin,
         )  # fmt: skip
         if self.config.indexer == "exact":
             self.exact = ExactSets(self.config, self.geometry, self.lookahead)
@@ -126,6 +127,16 @@ class DeepseekV4DeviceEngine(DeepseekV4Engine):
             tail=table.tail if here[-1] else None,
             complete=True,
         )
+
+    def _begin(
+        self, request: Request, row: int, num_chunks: int, budget_chunks: np.ndarray, cycle: int, usage: Usage | None
+    ) -> Callable[[], np.ndarray]:
+        """See `Beginner`."""
+        arrived = self.transfers.download(self._chosen(request, row, num_chunks, budget_chunks, cycle))
+        return lambda: self._mask(arrived(), num_chunks)
+
+    def _on_device(self, array: np.ndarray) -> torch.Tensor:
+        return self.transfers.upload(array)
 
     def write_through_on_device(self, layer: int, pages: int) -> None:
         """Repeat in the pool the first `pages` pages that the step has written. Fit for a CUDA graph."""

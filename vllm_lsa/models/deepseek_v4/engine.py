@@ -305,36 +305,57 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
     def _select(
         self, request: Request, row: int, num_chunks: int, budget_chunks: np.ndarray, cycle: int, usage: Usage | None
     ) -> np.ndarray:
+        return self._mask(self._chosen(request, row, num_chunks, budget_chunks, cycle).cpu().numpy(), num_chunks)
+
+    def _mask(self, chosen: np.ndarray, num_chunks: int) -> np.ndarray:
+        """What a `Selector` returns, of what `_chosen` did. Raises ValueError if scores were NaN."""
+        if chosen[-1]:
+            raise ValueError("scores of a selection were NaN")
+        layers = self.geometry.num_layers
+        pages = chosen[:-1].reshape(1 if self.exact is None else layers, num_chunks)
+        return np.broadcast_to(pages, (layers, num_chunks))
+
+    def _chosen(
+        self, request: Request, row: int, num_chunks: int, budget_chunks: np.ndarray, cycle: int
+    ) -> torch.Tensor:
+        """Pages for the next cycle, on the device and without waiting for it: bool [L * num_chunks + 1], or
+        [num_chunks + 1] where they are the same in all layers. The last says whether a score was NaN."""
         config, g = self.config, self.geometry
         entries = g.num_entries(request.num_computed)
         scores = self._scores(request, row, entries, cycle)
         if self.exact is not None:
-            return self.exact.select(scores, num_chunks, budget_chunks)
-        # The budget is that of full pages; `select_pages` counts the newest as well, which it keeps in any case.
-        recency, sink = g.num_entries(config.recency_tokens), g.num_entries(config.sink_tokens)
-        budget = max(int(budget_chunks[0]) + page_count(entries) - num_chunks, least_budget(recency, sink))
-        pages = select_pages(
-            scores.amax(0) if config.mode == "or" else scores.mean(0),
-            budget,
-            threshold=self._threshold,
-            recency_entries=recency,
-            sink_entries=sink,
-        )
-        return pages[:num_chunks].expand(g.num_layers, num_chunks).cpu().numpy()
+            chosen = self.exact.select(scores, num_chunks, self._on_device(budget_chunks))
+        else:
+            # The budget is that of full pages; `select_pages` counts the newest as well, which it keeps in any case.
+            recency, sink = g.num_entries(config.recency_tokens), g.num_entries(config.sink_tokens)
+            budget = max(int(budget_chunks[0]) + page_count(entries) - num_chunks, least_budget(recency, sink))
+            chosen = select_pages(
+                scores.amax(0) if config.mode == "or" else scores.mean(0),
+                budget,
+                threshold=self._threshold,
+                recency_entries=recency,
+                sink_entries=sink,
+                check=False,
+            )[:num_chunks]
+        return torch.cat([chosen.flatten(), scores.isnan().any()[None]])
+
+    def _on_device(self, array: np.ndarray) -> torch.Tensor:
+        """A copy of an array where scores are computed."""
+        return torch.from_numpy(array)
 
     def _scores(self, request: Request, row: int, entries: int, cycle: int) -> torch.Tensor:
         """Scores in [0, 1] of the entries that a request has so far, fp32 [L, entries]; [1, entries] of an ensemble."""
         g = self.geometry
         if self._policy is None:
-            blocks = torch.from_numpy(request.blocks.astype(np.int64)).to(self._device)
+            blocks = self._on_device(request.blocks.astype(np.int64))
             if self.scorer is None:
                 return self.queries.shares(row, self._keys, blocks, entries)
             return self.scorer.scores(
                 self.hidden.of(row),
-                torch.tensor([request.num_computed - 1], device=self._device),
+                torch.full((1,), request.num_computed - 1, device=self._device),
                 dict(enumerate(self._keys)),
                 blocks[None],
-                torch.tensor([entries], device=self._device),
+                torch.full((1,), entries, device=self._device),
                 entries,
                 self.config.mode,
             )

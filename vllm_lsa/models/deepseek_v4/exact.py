@@ -29,19 +29,19 @@ class ExactSets:
         self._geometry = geometry
         self._lookahead = lookahead
 
-    def select(self, scores: torch.Tensor, num_chunks: int, budget_chunks: np.ndarray) -> np.ndarray:
-        """The full pages that a cycle begins with, bool [L, num_chunks], by layer. scores: fp32 [L, entries]."""
+    def select(self, scores: torch.Tensor, num_chunks: int, budget_chunks: torch.Tensor) -> torch.Tensor:
+        """The full pages that a cycle begins with, bool [L, num_chunks], by layer. scores: fp32 [L, entries].
+        budget_chunks: int64 [L], on the same device."""
         g = self._geometry
-        chosen = select(
+        return select(
             scores[:, : num_chunks * g.entries].reshape(g.num_layers, num_chunks, g.entries).amax(-1),
-            budget_chunks=torch.from_numpy(budget_chunks),
+            budget_chunks=budget_chunks,
             threshold=self._config.threshold,
             sink_chunks=self._config.sink_chunks,
             recency_chunks=self._config.recency_chunks,
             shared=False,
             mode=self._config.mode,
         )
-        return chosen.cpu().numpy()
 
     def slots(self, request: Request, layer: int) -> np.ndarray:
         """Slot of each of a request's pages in a layer, int64 [chunks], -1 for what is not resident."""

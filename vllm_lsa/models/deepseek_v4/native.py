@@ -52,7 +52,7 @@ class LastQueries:
         """
         if self.queries is None or self.weights is None:
             return torch.zeros(len(keys), entries, device=self._device)
-        lengths = torch.tensor([entries], device=self._device)
+        lengths = torch.full((1,), entries, device=self._device)
         return torch.cat(
             [
                 paged_logits(

@@ -43,6 +43,7 @@ def select_pages(
     sink_entries: int = 0,
     page_score: PageScore = "max",
     lengths: torch.Tensor | None = None,
+    check: bool = True,
 ) -> torch.Tensor:
     """Pages to keep, bool [P] or [B, P] with P = ⌈N / 64⌉, from the scores of entries, fp32 [N] or [B, N].
 
@@ -54,6 +55,7 @@ def select_pages(
     page_score: "max" ranks pages by their best entry. "count" by how many of their entries are above the threshold
     (then by the best one): the paper's "densest page", which prefers many entries on few pages to the best entries.
     lengths: integers [B], entries that each row has; scores behind them are not read. Default: N.
+    check: refuse NaN, which waits for the device; otherwise whoever calls does.
 
     Raises ValueError on other shapes and dtypes, NaN, a budget below `least_budget`, or another page_score.
     """
@@ -79,7 +81,7 @@ def select_pages(
     )
     chosen = _select(
         scores, lengths.long().clamp(0, entries).unsqueeze(1), budget, threshold, recency_entries, sink_entries,
-        page_score,
+        page_score, check,
     )  # fmt: skip
     return chosen[0] if alone else chosen
 
@@ -101,13 +103,20 @@ def page_list(pages: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _select(
-    scores: torch.Tensor, lengths: torch.Tensor, budget: int, threshold: float, recency: int, sink: int, by: PageScore
+    scores: torch.Tensor,
+    lengths: torch.Tensor,
+    budget: int,
+    threshold: float,
+    recency: int,
+    sink: int,
+    by: PageScore,
+    check: bool,
 ) -> torch.Tensor:
     """`select_pages` of scores [B, N] with lengths [B, 1]."""
     total = page_count(scores.shape[1])
     entry = torch.arange(scores.shape[1], device=scores.device)
     scores = scores.masked_fill(entry >= lengths, -torch.inf)
-    require(not bool(scores.isnan().any()), "scores must not be NaN")
+    require(not check or not bool(scores.isnan().any()), "scores must not be NaN")
     scores = torch.nn.functional.pad(scores, (0, total * PAGE_ENTRIES - scores.shape[1]), value=-torch.inf)
     per_page = scores.unflatten(1, (total, PAGE_ENTRIES))
     best = per_page.amax(-1)
