@@ -137,6 +137,7 @@ def test_pages_of_e4m3_are_attended_to_and_indexed_as_they_are_stored(indexer, d
     simulation = QuantisedSimulation(settings, slots=LAYERS * HKV * 40)
     drive(simulation)
     assert simulation.decodes > 100 and (indexer == "keep_all" or simulation.sparse_decodes > 30)
+    simulation.step({})  # cells of what the last step completed are made before the next
     engine, g = simulation.engine, simulation.engine.geometry
     assert g.page_bytes == 2 * CHUNK * DIM and engine.store.pages.nbytes == 60 * g.block_bytes
     for name, state in simulation.live.items():
