@@ -124,6 +124,8 @@ class DenseRuntime(Runtime):
         self.engine: HostEngine | DeviceEngine | None = None
         self.step_demands = True
         """Whether rows may ask for chunks, see `DevicePlan`: of the step that is planned or captured."""
+        self.captured: set[bool] = set()
+        """What that was in plans for captures, see `step_graphs.Steps`."""
         self.host_blocks = 0
         self._layers: dict[str, int] = {}
 
@@ -220,6 +222,7 @@ class DenseRuntime(Runtime):
     def plan_capture(self, num_rows: int) -> DevicePlan | None:
         """A plan to capture a CUDA graph with; None while vLLM only measures what capturing takes."""
         if isinstance(self.engine, DeviceEngine) and self.engine.store is not None:
+            self.captured.add(self.step_demands)
             return self.engine.plan_capture(num_rows, self.step_demands)
         return None
 

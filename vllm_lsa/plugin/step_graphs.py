@@ -18,9 +18,11 @@ logger = init_logger("vllm.lsa")
 
 
 class Steps(Protocol):
-    """What is known of steps. step_demands: of the one that is about to be captured or run."""
+    """What is known of steps. step_demands: of the one that is about to be captured or run. captured: kinds of those
+    that were planned for a capture, True with demand; whoever captures empties it before."""
 
     step_demands: bool
+    captured: set[bool]
 
     @property
     def of_two_kinds(self) -> bool:
@@ -45,17 +47,26 @@ def hook(steps_of: Callable[[VllmConfig], Steps | None]) -> None:
     original = CudaGraphManager.capture
 
     @functools.wraps(original)
-    def capture(self: CudaGraphManager, create_forward_fn: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, create_forward_fn, *args, **kwargs)
+    def capture(self: CudaGraphManager, *args: Any, **kwargs: Any) -> None:
         steps = steps_of(self.vllm_config)
         if steps is None or not steps.of_two_kinds or not isinstance(self, ModelCudaGraphManager):
+            original(self, *args, **kwargs)
             return
+
+        def capture_kind(demands: bool) -> None:
+            # vLLM warms up by steps of its own, and the last of them may have been of either kind.
+            steps.step_demands = demands
+            steps.captured.clear()
+            original(self, *args, **kwargs)
+            if self.graphs and steps.captured != {demands}:
+                raise RuntimeError(f"CUDA graphs of steps with demand {demands} hold steps with {steps.captured}")
+
+        capture_kind(True)
         demanding, descriptors = self.graphs, self._capture_descs
         full = CUDAGraphMode.FULL
         self.graphs, self._capture_descs = {}, {full: descriptors[full]} if full in descriptors else {}
-        steps.step_demands = False
         try:
-            original(self, create_forward_fn, *args, **kwargs)
+            capture_kind(False)
             both = {desc: TwoGraphs(steps, demanding[desc], whole) for desc, whole in self.graphs.items()}
         finally:
             steps.step_demands = True
