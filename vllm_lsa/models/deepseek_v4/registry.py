@@ -1,7 +1,6 @@
 """Makes a process build DeepSeek-V4 with the layers of `hooks`, and refuses at start-up what LSA cannot do with it."""
 
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.platforms import current_platform
 
@@ -11,7 +10,6 @@ from vllm_lsa.models.deepseek_v4.memory_indexer import load_scorer
 from vllm_lsa.models.deepseek_v4.selection import TOP_K
 from vllm_lsa.models.deepseek_v4.settings import for_deepseek_v4
 
-logger = init_logger("vllm.lsa")
 
 ARCHITECTURE = "DeepseekV4ForCausalLM"
 
@@ -51,11 +49,4 @@ def check(vllm_config: VllmConfig) -> LsaConfig:
         if present:
             raise LsaError(f"DeepSeek-V4 with LSA: {what} not supported yet: use another --attention-backend")
     load_scorer(config, model)
-    for what, chosen in (
-        (f"lsa.indexer={config.indexer!r}", config.indexer == "exact"),
-        (f"lsa.index_keys={config.index_keys!r}", config.index_keys == "host"),
-        (f"--tensor-parallel-size {parallel.tensor_parallel_size}", parallel.tensor_parallel_size > 1),
-    ):
-        if device == "cuda" and chosen:
-            logger.warning("LSA: DeepSeek-V4 with %s was tested on CPUs, and has not been run on GPUs yet", what)
     return config

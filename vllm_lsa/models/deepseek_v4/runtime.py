@@ -227,8 +227,8 @@ class DeepseekV4Runtime(Runtime):
         if need / GIB > limit:
             raise LsaError(
                 f"the KV cache blocks that vLLM has made need {need / GIB:.2f} GiB of host store on each rank, more "
-                f"than the {limit:.2f} {named}: lower --kv-cache-memory-bytes (or VLLM_CPU_KVCACHE_SPACE), or raise "
-                "the limit"
+                f"than the {limit:.2f} {named}: lower --kv-cache-memory-bytes (or VLLM_CPU_KVCACHE_SPACE), "
+                "--max-num-batched-tokens or --max-model-len, or raise the limit"
             )
 
     def open_step(self, runner: Any, scheduler_output: Any) -> None:
