@@ -10,7 +10,6 @@ from vllm_lsa.models.deepseek_v4.memory_indexer import load_scorer
 from vllm_lsa.models.deepseek_v4.selection import TOP_K
 from vllm_lsa.models.deepseek_v4.settings import for_deepseek_v4
 
-
 ARCHITECTURE = "DeepseekV4ForCausalLM"
 
 
