@@ -129,8 +129,11 @@ def encode_decoded(
     g = geometry
     require(len(cells.parts) == g.num_layers, f"cells of {len(cells.parts)} layers, not of {g.num_layers}")
     device = cells.parts[0].device
-    for layer, part in enumerate(cells.parts):
-        _check_pages(host_pages, part, layer, g, of_layer(codec, layer))
+    # The others are alike.
+    _check_pages(host_pages, cells.parts[0], 0, g, of_layer(codec, 0))
+    if codec is not None:
+        for name, x in codec._asdict().items():
+            require(len(x) == g.num_layers and x.is_contiguous(), f"{name}: not of {g.num_layers} layers, contiguous")
     require_tensor("pool", pool, (len(pool), *g.page_shape), g.dtype, device)
     _check_lists(device, torch.int32, length=rows.length, state=rows.state)
     for name, x, lead in (
@@ -147,8 +150,6 @@ def encode_decoded(
     kernels = _kernels(device)
     if kernels is None:
         return encode_decoded_naive(pool, host_pages, rows, slot_of, sets, cells, g, codec, key_scales)
-    if codec is not None:
-        require(all(x.is_contiguous() for x in codec), "the codec's tables must be contiguous")
     lists = rows.length, rows.block_table, rows.block_table
     resident = rows, slot_of, sets, host_delta(pool, host_pages), cells.offsets, key_scales
     _encode_pages(kernels, kernels.ROWS, pool, *lists, cells.parts[0], 0, g, codec, 1.0, resident)
