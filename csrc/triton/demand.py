@@ -67,6 +67,12 @@ def _range(full, part, SPLITS: tl.constexpr, PAGE: tl.constexpr):
 
 
 @triton.jit
+def _row(length, state, row, n):
+    """(tokens, row of sets) of a row, and those of padding from n on. Older than any kernel of a step's layers."""
+    return tl.load(length + row, mask=row < n, other=0), tl.load(state + row, mask=row < n, other=-1)
+
+
+@triton.jit
 def _stats(
     set_pages, logits, first, last, local,
     PAGE: tl.constexpr, Q_HEADS: tl.constexpr, LANE_Q: tl.constexpr, LANE_Q_PAD: tl.constexpr, BLOCK: tl.constexpr,
@@ -105,8 +111,7 @@ def mass_stats_kernel(
     local = tl.program_id(1)
     part = tl.program_id(2)
     row = tl.program_id(0)
-    tokens = tl.load(length + row)
-    mine = tl.load(state + row)
+    tokens, mine = _row(length, state, row, n)
     if EARLY:
         await_grid()
     while row < n:
@@ -119,8 +124,7 @@ def mass_stats_kernel(
             tl.store(top_of + place, top)
             tl.store(sum_of + place, total)
         row += tl.num_programs(0)
-        tokens = tl.load(length + row, mask=row < n, other=0)
-        mine = tl.load(state + row, mask=row < n, other=-1)
+        tokens, mine = _row(length, state, row, n)
 
 
 @triton.jit(do_not_specialize=["n", "lane_first"])
@@ -135,8 +139,7 @@ def mass_kernel(
     SPLITS], how many may come, the most mass, and whose it is.
     """
     row = tl.program_id(0)
-    tokens = tl.load(length + row)
-    mine = tl.load(state + row)
+    tokens, mine = _row(length, state, row, n)
     if EARLY:
         await_grid()
     while row < n:
@@ -147,8 +150,7 @@ def mass_kernel(
                 PAGE, Q_HEADS, LANE_Q, LANE_Q_PAD, SPLITS, BLOCK,
             )  # fmt: skip
         row += tl.num_programs(0)
-        tokens = tl.load(length + row, mask=row < n, other=0)
-        mine = tl.load(state + row, mask=row < n, other=-1)
+        tokens, mine = _row(length, state, row, n)
 
 
 @triton.jit

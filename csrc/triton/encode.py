@@ -221,10 +221,9 @@ def encode(
     source: int [n]. blocks: int32 [n], or the rows' block table. places: int32 [n], unused for ROWS. key_strides: of
     tokens and heads, for TOKENS. lanes: the geometry's num_layers, layer_lanes and lane_heads. tables: to_code, mean
     and centroids of the product index; None for mean keys. dtype: of mean keys. key_scale: what keys are multiplied by;
-    uint8 ones are e4m3 bytes. resident, for ROWS, whose keys are the pool: the rows,
-    slot_of, the sets and the elements from the pool to the host pages; then of each layer where its cells are from the
-    first's, in bytes, int64 [L], and its keys' scale, fp32 [L]. Tables are then those of all layers, and `layer` and
-    `key_scale` are not read.
+    uint8 ones are e4m3 bytes. resident, for ROWS, whose keys are the pool: the rows, slot_of, the sets and the elements
+    from the pool to the host pages; then of each layer where its cells are from the first's, in bytes, int64 [L], and
+    its keys' scale, fp32 [L]. Tables are then those of all layers, and `layer` and `key_scale` are not read.
     """
     n, (_, kv_heads, per_block, _) = len(source), cells.shape
     if n == 0:

@@ -28,8 +28,8 @@ class History:
 
 class HistoryReader:
     """Hands out keys and values of a step's histories in the order in which its layers ask: layer by layer, in each
-    layer history by history, in each history from the first token on. Of e4m3 pages it is
-    what their bytes say, without scales.
+    layer history by history, in each history from the first token on. Of e4m3 pages it is what their bytes say, without
+    scales.
 
     On a GPU the gather of the next tile runs on a stream of its own, beside the attention over this one. Fresh
     histories are gathered when they are asked for: before that their layer may not have been written.
