@@ -12,7 +12,7 @@ from typing import Any
 from vllm import LLM, SamplingParams
 
 from tests import rank_state
-from tests.paths import MODEL
+from tests.generate import DEFAULTS
 from vllm_lsa.serving.client import FORCED, FORCING
 
 ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
@@ -28,17 +28,8 @@ def keep_queries(worker: Any) -> None:
 
 def main() -> None:
     spec = json.load(open(sys.argv[1]))
-    defaults = dict(
-        dtype="float32",
-        enforce_eager=True,
-        gpu_memory_utilization=0.4,
-        max_model_len=2048,
-        max_num_seqs=8,
-        max_num_batched_tokens=512,
-        kv_cache_memory_bytes=1 << 30,
-        seed=0,
-    )
-    llm = LLM(**{"model": str(MODEL), **defaults, **spec["llm"]}, logits_processors=[FORCING])
+    short = {"max_model_len": 2048, "max_num_batched_tokens": 512, "kv_cache_memory_bytes": 1 << 30}
+    llm = LLM(**{**DEFAULTS, **short, **spec["llm"]}, logits_processors=[FORCING])
     if spec.get("whole_queries"):
         llm.collective_rpc(keep_queries)
     cut = spec["prompt"]

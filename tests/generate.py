@@ -18,6 +18,19 @@ from tests.paths import MODEL
 from vllm_lsa.metrics import read_all
 from vllm_lsa.plugin import metrics as plugin_metrics
 
+DEFAULTS: dict[str, Any] = dict(
+    model=str(MODEL),
+    dtype="float32",
+    enforce_eager=True,
+    gpu_memory_utilization=0.4,
+    max_model_len=8192,
+    max_num_seqs=8,
+    kv_cache_memory_bytes=2 << 30,
+    seed=0,
+    disable_log_stats=False,
+)
+"""Arguments of LLM that a spec leaves out."""
+
 
 def run_batch(llm: LLM, scenario: dict[str, Any]) -> list[list[int]]:
     """All prompts at once, stepping the engine by hand so that requests can be aborted on the way."""
@@ -44,17 +57,7 @@ def run_batch(llm: LLM, scenario: dict[str, Any]) -> list[list[int]]:
 
 def main() -> None:
     spec = json.load(open(sys.argv[1]))
-    defaults = dict(
-        dtype="float32",
-        enforce_eager=True,
-        gpu_memory_utilization=0.4,
-        max_model_len=8192,
-        max_num_seqs=8,
-        kv_cache_memory_bytes=2 << 30,
-        seed=0,
-        disable_log_stats=False,
-    )
-    llm = LLM(**{"model": str(MODEL), **defaults, **spec["llm"]})
+    llm = LLM(**{**DEFAULTS, **spec["llm"]})
     if spec.get("trace"):
         llm.collective_rpc(rank_state.watch)
     result: dict[str, Any] = {}

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.held_chunks import held_chunks
 from vllm_lsa.device.engine import DeviceEngine
 from vllm_lsa.device.plan import DevicePlan
-from vllm_lsa.device.selection import by_chunk
 from vllm_lsa.plugin.runtime import Runtime
 
 _digests: dict[int, int] = {}
@@ -35,16 +35,8 @@ def _note(lane: int, request: Any, chunks: np.ndarray) -> None:
 
 
 def _note_on_device(engine: DeviceEngine, layer: int, plan: DevicePlan) -> None:
-    lanes = engine.geometry.layer_lanes
-    for name in plan.requests:
-        request = engine.mirror.requests[name]
-        row = engine.control.set_row(request)
-        if row < 0:
-            continue
-        count = engine.geometry.chunks(request.length)
-        held = by_chunk(engine.sets, row, engine.sets.held, count)[layer * lanes : (layer + 1) * lanes].cpu().numpy()
-        for i in range(lanes):
-            _note(layer * lanes + i, request, held[i].nonzero()[0].astype(np.int32))
+    for lane, request, chunks in held_chunks(engine, layer, plan):
+        _note(lane, request, chunks)
 
 
 def report(worker: Any) -> dict[str, Any]:

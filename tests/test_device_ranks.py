@@ -11,12 +11,12 @@ import pytest
 
 from tests import random_checkpoint
 from tests.divided import Comparison, Divided, Sets
+from tests.held_chunks import held_chunks
 from tests.test_device_engine import DeviceSimulation, cases, drive
 from tests.test_engine import CHUNK, DIM, HKV, HQ, LAYERS, SCALE, config
 from vllm_lsa.config import LsaConfig
 from vllm_lsa.device.engine import DeviceEngine
 from vllm_lsa.device.plan import DevicePlan
-from vllm_lsa.device.selection import by_chunk
 
 
 class DividedDevice(Divided):
@@ -33,15 +33,8 @@ class DividedDevice(Divided):
     @staticmethod
     def watch(part: DeviceEngine, sets: Sets) -> None:
         def trace(layer: int, plan: DevicePlan) -> None:
-            lanes = part.geometry.layer_lanes
-            for name in plan.requests:
-                request = part.mirror.requests[name]
-                row = part.control.set_row(request)
-                if row < 0:
-                    continue
-                held = by_chunk(part.sets, row, part.sets.held, part.geometry.chunks(request.length)).cpu()
-                for lane in range(layer * lanes, (layer + 1) * lanes):
-                    sets[lane, name] = set(held[lane].nonzero().flatten().tolist())
+            for lane, request, chunks in held_chunks(part, layer, plan):
+                sets[lane, request.id] = set(chunks.tolist())
 
         part.tracer = trace
 

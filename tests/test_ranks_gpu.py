@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from benchmarks import ranks
-from tests import random_checkpoint, tiny_models
+from tests import tiny_models
 from tests.paths import run_module
 from tests.test_tensor_parallel import (
+    GPU,
     HEAD,
     KV_HEADS,
     LAYERS_SERVED,
@@ -28,6 +29,7 @@ from tests.test_tensor_parallel import (
     Q_HEADS,
     TOKENS,
     check_ranks,
+    checkpoint,
     generate,
     tokens,
 )
@@ -40,8 +42,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices"),
 ]
 
-# In fp32, and not in the tf32 that Triton has for it: a random model makes much of a last bit.
-DENSE = {**ranks.ENVIRONMENT, "TRITON_F32_DEFAULT": "ieee", "OMP_NUM_THREADS": "2"}
+DENSE = {**ranks.ENVIRONMENT, **GPU}
 LIMIT = 180
 """Seconds of an engine, start included."""
 BLOCK = 16
@@ -144,12 +145,7 @@ def test_sparse_two_ranks_attend_to_the_sets_of_one(model, tmp_path, case):
     if case == "per_layer":
         settings |= {"sets": "per_layer", "demand": "off"}
     if case == "checkpoint":
-        settings["indexer"] = str(
-            random_checkpoint.write(
-                tmp_path / "indexer", LAYERS_SERVED, Q_HEADS, KV_HEADS, HEAD, 16, scorers=(0, 2),
-                weights=(0.5, 1.5, 1, 1),
-            )
-        )  # fmt: skip
+        settings["indexer"] = checkpoint(tmp_path / "indexer")
     jobs = [
         lambda: dense(tmp_path / "one", model, 1, settings, BATCHES),
         lambda: dense(tmp_path / "two", model, 2, settings, BATCHES),

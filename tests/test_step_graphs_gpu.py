@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests import random_checkpoint, tiny_models
+from tests import tiny_models
 from tests.test_tensor_parallel import (
+    GPU,
     HEAD,
     KV_HEADS,
     LAYERS_SERVED,
     LENGTHS,
     Q_HEADS,
     TOKENS,
+    checkpoint,
     generate,
     tokens,
 )
@@ -26,7 +28,6 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-ENVIRONMENT = {"TRITON_F32_DEFAULT": "ieee", "OMP_NUM_THREADS": "2"}
 SPARSE = {"budget": 0.3, "period": 8, "recency_tokens": 32, "device_pool_fraction": 0.16}
 # Small ones fit as a whole, the batch does not; then small ones again, in slots that others have had.
 PROMPTS = {
@@ -42,13 +43,10 @@ def test_graphs_give_what_eager_steps_give_with_demand_and_without(tmp_path, dem
     model = tiny_models.write_random(tmp_path / "model", LAYERS_SERVED, Q_HEADS, KV_HEADS, HEAD)
     settings: dict[str, Any] = {**SPARSE, "demand": demand}
     if demand == "product":
-        checkpoint = random_checkpoint.write(
-            tmp_path / "indexer", LAYERS_SERVED, Q_HEADS, KV_HEADS, HEAD, 16, scorers=(0, 2), weights=(0.5, 1.5, 1, 1)
-        )
-        settings |= {"indexer": str(checkpoint), "lookahead": "usage"}
+        settings |= {"indexer": checkpoint(tmp_path / "indexer"), "lookahead": "usage"}
 
     def run(name: str, check: str, **more: Any) -> dict[str, Any]:
-        return generate(tmp_path / name, model, 1, PROMPTS, {**settings, "check": check}, ENVIRONMENT, 240, **more)
+        return generate(tmp_path / name, model, 1, PROMPTS, {**settings, "check": check}, GPU, 240, **more)
 
     eager = run("eager", "poison", enforce_eager=True)
     graphs = run("graphs", "off", enforce_eager=False, compilation_config=GRAPHS)

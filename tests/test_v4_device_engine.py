@@ -172,16 +172,22 @@ class Exact(Both):
                 self.pages += len((named // 64)[missing].unique())
 
 
-@pytest.mark.parametrize("lead, budget", [(2, 0.4), (3, 0.4), (0, 0.01)])
-def test_exact_finds_everything_that_was_chosen(lead, budget):
-    config = settings(indexer="exact", lead=lead, budget=budget, sink_tokens=256, recency_tokens=256)
-    both = Exact(config, slots=LAYERS * (20 if budget > 0.1 else 7))
+def two_requests(both: Both) -> tuple[str, str]:
+    """A long one and a short one, some decode steps on; their names."""
     long, short = both.add(20 * PAGE_TOKENS + 3), both.add(700)
     both.step({long: 4000})
     both.step({long: 1123, short: 300})
     both.step({long: 1, short: 400})
     for _ in range(14):
         both.step({long: 1, short: 1})
+    return long, short
+
+
+@pytest.mark.parametrize("lead, budget", [(2, 0.4), (3, 0.4), (0, 0.01)])
+def test_exact_finds_everything_that_was_chosen(lead, budget):
+    config = settings(indexer="exact", lead=lead, budget=budget, sink_tokens=256, recency_tokens=256)
+    both = Exact(config, slots=LAYERS * (20 if budget > 0.1 else 7))
+    long, short = two_requests(both)
     both.step({short: 1}, finished=(long,))
     assert both.compared > 25 and both.sparse > 12
     # What was read is counted, and no set has changed for it.
@@ -200,12 +206,7 @@ def test_exact_finds_everything_that_was_chosen(lead, budget):
 @pytest.mark.parametrize("lead", (0, 2, 3))
 def test_both_engines_hold_the_same_sets(lead):
     both = Both(settings(lead=lead), slots=LAYERS * 20)
-    long, short = both.add(20 * PAGE_TOKENS + 3), both.add(700)
-    both.step({long: 4000})
-    both.step({long: 1123, short: 300})
-    both.step({long: 1, short: 400})
-    for _ in range(14):
-        both.step({long: 1, short: 1})
+    long, short = two_requests(both)
     other = both.add(2 * PAGE_TOKENS)
     both.step({long: 1, short: 1, other: 2 * PAGE_TOKENS})
     for _ in range(6):
