@@ -187,9 +187,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "thresholds": (change_config(thresholds={"0.1": [0.5, 0.5]}), "config.json", "has 2 values for 4 layers"),
     "shared-usage": (change_config(kind="shared", usage=True), "config.json", "usage is for sets of layers or heads"),
     "shared-weights": (
-        change_config(kind="shared", layer_weights=[1.0] * 40),
-        "config.json",
-        "layer_weights is for sets of layers",
+        change_config(kind="shared", layer_weights=[1.0] * 40), "config.json", "layer_weights is for sets of layers",
     ),
     "shares": (change_config(budget_shares={"0.1": [0.5]}), "config.json", "has 1 values for 4 layers"),
     "other rank": (change_config(rank=11), "model.safetensors", r"wq_a.weight has shape \[10, 24\], not \[11, 24\]"),
