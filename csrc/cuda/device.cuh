@@ -73,6 +73,40 @@ inline __device__ void await_groups() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Latest) : "memory");
 }
 
+// Blocks of a cluster run at the same time and reach each other's shared memory, once all have met for a first time. What
+// a thread wrote before it arrives, others see after they have awaited. Launched on devices of 9.0 and later only.
+inline __device__ unsigned cluster_rank() {
+  unsigned rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+
+inline __device__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+
+inline __device__ void cluster_await() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// The same variable of shared memory in another block of the cluster.
+template <typename T>
+inline __device__ T* of_rank(T* p, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(p), "r"(rank));
+  return reinterpret_cast<T*>(there);
+#else
+  return p;
+#endif
+}
+
 inline __device__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -93,6 +127,26 @@ cudaError_t launch_early(void (*kernel)(Arguments...), dim3 grid, int threads, i
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = can;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// The same in clusters of so many blocks, neighbours in x. For devices of 9.0 and later.
+template <typename... Arguments>
+cudaError_t launch_clusters(void (*kernel)(Arguments...), dim3 grid, int threads, int bytes, int cluster,
+                            cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 

@@ -213,7 +213,7 @@ def pick_kernel(
     wanted_of, best_of, where_of, victims, fetch_page, fetch_slot, demanded, pool,
     host_delta, table_stride, pages_stride, lanes, lane_first, sink, recency,
     ELEMENTS: tl.constexpr, TILE: tl.constexpr,
-    MOST: tl.constexpr, CHUNK: tl.constexpr, PER_BLOCK: tl.constexpr, PAGE: tl.constexpr,
+    MOST: tl.constexpr, MOST_PAD: tl.constexpr, CHUNK: tl.constexpr, PER_BLOCK: tl.constexpr, PAGE: tl.constexpr,
     Q_HEADS: tl.constexpr, LANE_Q: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program for each row and lane of a layer, after `mass_kernel`: what comes, what leaves, into which slot; then
@@ -234,8 +234,8 @@ def pick_kernel(
     if EARLY:
         await_grid()
     place = row * tl.num_programs(1) + local
-    slots = tl.arange(0, MOST)
-    tl.store(fetch_slot + place * MOST + slots, tl.full([MOST], -1, tl.int32))
+    slots = tl.arange(0, MOST_PAD)
+    tl.store(fetch_slot + place * MOST + slots, tl.full([MOST_PAD], -1, tl.int32), mask=slots < MOST)
     if works == 0:
         return
     full = (tokens - 1) // CHUNK  # chunks that were full before this step, and the number of the tail's

@@ -6,17 +6,26 @@ from collections.abc import Sequence
 from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch  # noqa: F401 - loaded first: the kernels run in its context
 
 from vllm_lsa.errors import LsaError
+from vllm_lsa.ops.native import require
 
 logger = logging.getLogger("vllm_lsa")
+Form = Literal["cuda", "triton"]
+"""Kernels that there are in CUDA C++ and, for where that was not built or does not run, in Triton."""
 _SIGNATURES: dict[str, tuple[type, Sequence[type]]] = {
     "lsa_product_score_rows": (
         c_int,
         [c_void_p, c_int64, c_int64, c_int, *[c_void_p] * 3, *[c_int64] * 3, c_int, *[c_void_p] * 4, c_int64]
         + [c_void_p, c_int64, c_void_p, c_void_p, *[c_int] * 6, c_float, c_void_p],
+    ),
+    "lsa_demand": (
+        c_int,
+        [*[c_void_p] * 3, c_int64, c_void_p, c_int64, *[c_void_p] * 11, *[c_int64] * 2]
+        + [*[c_int] * 10, *[c_float] * 2, c_void_p],
     ),
     "lsa_cuda_error": (c_char_p, [c_int]),
 }
@@ -42,8 +51,18 @@ def cuda_library() -> ctypes.CDLL | None:
         reason = f"{path} is missing (nvcc was not found, or failed, when vllm-lsa was built)"
     except (OSError, AttributeError) as error:
         reason = f"{path} does not load ({error})"
-    logger.warning("LSA scores chunks with a slower Triton kernel, since %s; for the CUDA one %s", reason, remedy)
+    logger.warning(
+        "LSA's slower Triton kernels serve in place of the CUDA ones, since %s; for these %s", reason, remedy
+    )
     return None
+
+
+def built_library() -> ctypes.CDLL:
+    """The CUDA kernels. Raises ValueError where they were not built."""
+    library = cuda_library()
+    require(library is not None, "form='cuda' needs the CUDA kernels: build them with 'python -m vllm_lsa.ops.build'")
+    assert library is not None
+    return library
 
 
 def launch(library: ctypes.CDLL, name: str, *arguments: object) -> None:

@@ -6,11 +6,13 @@ address space once the host memory is pinned.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from vllm_lsa.device.state import NEXT, PAGE, DeviceRefresh, DeviceRows, DeviceSets, DeviceTails
 from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.ops.cuda_native import Form, built_library, cuda_library, launch
 from vllm_lsa.ops.e4m3 import UNSCALED, KVScales
 from vllm_lsa.ops.early import early
 from vllm_lsa.ops.native import power_of_two, require
@@ -26,6 +28,10 @@ MASS_ROWS = 4
 """Rows that it looks at side by side: programs with nothing to do take time as well."""
 MASS_PROGRAMS = 1024
 """More than a device runs at a time are not worth it either, so many rows and lanes have fewer parts."""
+CUDA_MOST = 32
+CUDA_HEADS = 128
+CUDA_PAGES = 8192
+"""Chunks that come in a step, heads of a lane and state pages of a row up to which demand has a CUDA kernel."""
 
 
 def host_delta(pool: torch.Tensor, host_pages: torch.Tensor) -> int:
@@ -173,6 +179,14 @@ class DemandScratch:
         )
 
 
+@cache
+def demand_form(device: torch.device) -> Form:
+    """How demand is decided: by one CUDA kernel, where that was built and the device has clusters of thread blocks."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
+        return "triton"
+    return "cuda" if cuda_library() else "triton"
+
+
 def pick(
     rows: DeviceRows,
     sets: DeviceSets,
@@ -187,20 +201,33 @@ def pick(
     threshold: float,
     decay: float,
     block: int = SPLIT_CHUNKS,
+    form: Form | None = None,
 ) -> None:
     """For each lane of a layer: note usage, take in the chunks with most mass, let the least used leave.
 
     scratch.logits holds the scores of the rows' full chunks and is overwritten; scratch.page and scratch.slot say what
     was copied from the host pages into the pool. sink, recency: chunks that never leave. block: chunks that a program
-    looks at at a time. The rule is `Replacement.choose`; of equals the lowest entry leaves and the oldest chunk comes.
+    of Triton looks at at a time. The rule is `Replacement.choose`; of equals the lowest entry leaves and the oldest
+    chunk comes. form: `demand_form` if None, or "triton" for more than the CUDA kernel takes.
+
+    Raises LsaError if CUDA refuses the launch.
     """
+    g, n = geometry, len(rows.length)
+    if not n:
+        return
+    per_lane, most = g.num_q_heads // g.layer_lanes, scratch.slot.shape[2]
+    if form is None:
+        fits = most <= CUDA_MOST and per_lane <= CUDA_HEADS and sets.pages.shape[1] <= CUDA_PAGES
+        form = demand_form(pool.device) if fits else "triton"
+    if form == "cuda":
+        arguments = demand_arguments(
+            rows, sets, scratch, layer, g, pool, host_pages,
+            sink=sink, recency=recency, threshold=threshold, decay=decay,
+        )  # fmt: skip
+        launch(built_library(), "lsa_demand", *arguments)
+        return
     from vllm_lsa.kernels import demand
 
-    g = geometry
-    if not len(rows.length):
-        return
-    per_lane = g.num_q_heads // g.layer_lanes
-    n = len(rows.length)
     grid = (n, g.layer_lanes)
     side_by_side = min(n, MASS_ROWS) * g.layer_lanes
     splits = max(1, min(scratch.best.shape[2], power_of_two(MASS_PROGRAMS // side_by_side + 1) // 2))
@@ -223,7 +250,24 @@ def pick(
         scratch.slot, scratch.demanded, pool, host_delta(pool, host_pages), rows.block_table.stride(0), stride,
         g.num_lanes, first, sink, recency,
         **shape, ELEMENTS=pool[0].numel(), TILE=min(COPY_TILE, power_of_two(pool[0].numel())),
-        MOST=scratch.slot.shape[2], PER_BLOCK=g.chunks_per_block, num_warps=4, **early(pool.device),
+        MOST=most, MOST_PAD=power_of_two(most), PER_BLOCK=g.chunks_per_block, num_warps=4, **early(pool.device),
+    )  # fmt: skip
+
+
+def demand_arguments(
+    rows: DeviceRows, sets: DeviceSets, scratch: DemandScratch, layer: int, geometry: KVGeometry, pool: torch.Tensor,
+    host_pages: torch.Tensor, *, sink: int, recency: int, threshold: float, decay: float,
+) -> tuple[int | float, ...]:  # fmt: skip
+    """What the C function of the CUDA kernel takes, up to the stream. Arguments: see `pick`."""
+    g, size = geometry, pool.element_size()
+    return (
+        rows.length.data_ptr(), rows.state.data_ptr(), rows.block_table.data_ptr(), rows.block_table.stride(0),
+        sets.pages.data_ptr(), sets.pages.stride(0), sets.counts.data_ptr(), sets.caps.data_ptr(),
+        sets.chunk.data_ptr(), sets.slot.data_ptr(), sets.held.data_ptr(), sets.usage.data_ptr(),
+        scratch.logits.data_ptr(), scratch.page.data_ptr(), scratch.slot.data_ptr(), scratch.demanded.data_ptr(),
+        pool.data_ptr(), host_delta(pool, host_pages) * size, pool[0].numel() * size,
+        len(rows.length), g.layer_lanes, g.num_lanes, layer * g.layer_lanes, g.num_q_heads, g.chunk_tokens,
+        g.chunks_per_block, scratch.slot.shape[2], sink, recency, threshold, decay,
     )  # fmt: skip
 
 

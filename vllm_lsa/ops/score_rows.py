@@ -4,19 +4,17 @@ import math
 import sys
 from functools import cache
 from importlib import import_module
-from typing import Literal
 
 import torch
 
 from vllm_lsa.device.state import PAGE, DeviceRows, DeviceSets
-from vllm_lsa.ops.cuda_native import cuda_library, launch
+from vllm_lsa.ops.cuda_native import Form, built_library, cuda_library, launch
 from vllm_lsa.ops.native import DTYPES, gather_cells, require, require_tensor, unsupported
 from vllm_lsa.ops.product_lse import CENTROIDS, product_chunk_logits_paged_naive
 
 _KERNELS = "vllm_lsa.kernels.score"
 MAX_ROWS = 1024
 """Most rows that the CUDA kernel takes."""
-Form = Literal["cuda", "triton"]
 
 
 @cache
@@ -113,9 +111,7 @@ def score_rows(
             q, cells, rows, sets, to_query, centroids, chunk, scale, logits, scratch
         )
         return
-    library = cuda_library()
-    require(library is not None, "form='cuda' needs the CUDA kernels: build them with 'python -m vllm_lsa.ops.build'")
-    assert library is not None
+    library = built_library()
     require(n <= MAX_ROWS, f"{n} rows are more than {MAX_ROWS}")
     arguments = product_arguments(q, cells, rows, sets, chunk, scale, logits, to_query, centroids, scratch)
     launch(library, "lsa_product_score_rows", *arguments)

@@ -1,0 +1,438 @@
+// The demand of a step: what each lane's attention asks for, what comes in, what leaves; see residency/replacement.py
+// and `pick` in vllm_lsa/ops/resident_rows.py, whose Triton kernels do the same in three launches.
+//
+// A cluster of blocks has a lane. Each block looks at its share of the row's chunks; what they tell each other goes
+// through shared memory. The first block decides, and copies.
+#include <cstdint>
+
+#include "device.cuh"
+
+#define LSA_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace lsa {
+namespace {
+
+using namespace device;
+
+constexpr int kCluster = 8;  // blocks: the most that every device with clusters has
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+constexpr int kClusters = 32;  // side by side: about what a device holds at a time
+constexpr int kStatePage = 64;
+constexpr int kMostHeads = 128;  // of a lane
+constexpr int kMostPicks = 32;   // a lane of a warp each
+constexpr int kAhead = 8;        // logits that a thread asks for at a time
+constexpr int kChunks = 4;       // chunks of a thread, and
+constexpr int kEntries = 4;      // entries of the lane's list, that are looked at before the scores are there
+constexpr uint64_t kNone = ~uint64_t(0);
+constexpr float kLog2e = 1.44269504088896340736f;
+
+struct Demand {
+  const int *length, *state;  // [n]
+  const int* block_table;     // [n, ..]
+  int64_t table_stride;
+  const int* pages;  // [rows, pages_stride]
+  int64_t pages_stride;
+  int* counts;      // [rows, lanes]
+  const int* caps;  // [rows, lanes]
+  int *entry_chunk, *entry_slot;  // [state pages, lanes, 64] by entry
+  uint8_t* held;                  // the same by chunk
+  float* usage;
+  float* logits;        // [state pages, q_heads, 64]
+  int64_t* fetch_page;  // [n, layer_lanes, most]
+  int* fetch_slot;
+  unsigned long long* demanded;
+  uint8_t* pool;
+  int64_t host_delta, page_bytes;
+  int n, layer_lanes, lanes, lane_first, q_heads, chunk, per_block, most, sink, recency;
+  float threshold, decay;
+};
+
+struct Shared {
+  float2 stats[kCluster][kMostHeads];  // of each block's units: the highest logit, and the sum beside that
+  float2 weights[kMostHeads];          // of a head: the highest logit, and what its exponentials are multiplied by
+  // Of the first block. What each warp of each block found: the chunk with most mass, and how many may come.
+  uint64_t best[kCluster * kWarps];
+  int wanted[kCluster * kWarps];
+  uint64_t least[2][kWarps];
+  int64_t page[kMostPicks];
+  int slot[kMostPicks], picked[kMostPicks], victims[kMostPicks + 1];
+};
+
+__device__ float exp_fast(float x) { return exp2_fast(x * kLog2e); }
+
+// What the highest of some logits is subtracted as; with no logits at all their exponentials are 0 anyway.
+__device__ float finite(float top) { return top == -INFINITY ? 0 : top; }
+
+__device__ uint64_t highest(uint64_t x) {
+  for (int i = 16; i; i /= 2) x = max(x, uint64_t(__shfl_xor_sync(~0u, x, i)));
+  return x;
+}
+
+__device__ uint64_t lowest(uint64_t x) {
+  for (int i = 16; i; i /= 2) x = min(x, uint64_t(__shfl_xor_sync(~0u, x, i)));
+  return x;
+}
+
+// Sums beside their highest logits, of all lanes of a warp together.
+__device__ float2 together(float top, float total) {
+  float high = top;
+  for (int i = 16; i; i /= 2) high = fmaxf(high, __shfl_xor_sync(~0u, high, i));
+  total *= exp_fast(top - finite(high));
+  for (int i = 16; i; i /= 2) total += __shfl_xor_sync(~0u, total, i);
+  return make_float2(high, total);
+}
+
+// In the order of mass, and of equals the oldest chunk first; 0 for none.
+__device__ uint64_t by_mass(float mass, int chunk) { return uint64_t(__float_as_uint(mass)) << 32 | uint32_t(~chunk); }
+__device__ int chunk_of(uint64_t key) { return ~uint32_t(key); }
+
+// One row of `demand`, by the cluster of a lane. Everything that is asked is the same for all of its threads.
+struct Lane {
+  const Demand& p;
+  Shared& shared;
+  const int* const pages;  // of the row, in shared memory
+  const int row, local, lane, heads, full, mine, count, cap;
+
+  // Where an entry, or a chunk, is in the paged buffers.
+  __device__ int64_t at(int i) const {
+    return (int64_t(pages[i / kStatePage]) * p.lanes + lane) * kStatePage + i % kStatePage;
+  }
+  // The logit of the lane's first head; those of the others follow in steps of a page.
+  __device__ float* logits(int chunk) const {
+    return p.logits + (int64_t(pages[chunk / kStatePage]) * p.q_heads + local * heads) * kStatePage + chunk % kStatePage;
+  }
+  __device__ int2 range(unsigned rank) const {
+    const int each = ((full + kCluster - 1) / kCluster + kStatePage - 1) / kStatePage * kStatePage;
+    return make_int2(min(int(rank) * each, full), min(int(rank + 1) * each, full));
+  }
+  __device__ bool may_leave(int chunk) const { return (chunk >= p.sink) & (chunk < full - p.recency); }
+  __device__ int64_t host_page(int chunk) const {
+    const int64_t block = p.block_table[row * p.table_stride + chunk / p.per_block];
+    return (block * p.lanes + lane) * p.per_block + chunk % p.per_block;
+  }
+
+  // Each head's highest logit and sum over the block's chunks, told to every block. Units of work are a head's chunks,
+  // or so many parts of them that all warps have one.
+  __device__ void tell_stats(int2 range, unsigned rank, int parts) const {
+    const int self = threadIdx.x % 32;
+    for (int unit = threadIdx.x / 32; unit < heads * parts; unit += kWarps) {
+      const int head = unit % heads, step = 32 * parts;
+      float top = -INFINITY, total = 0;
+      for (int begin = range.x + 32 * (unit / heads) + self; begin - self < range.y; begin += kAhead * step) {
+        float x[kAhead], high = top;
+#pragma unroll
+        for (int k = 0; k < kAhead; k++) {
+          const int chunk = begin + k * step;
+          x[k] = chunk < range.y ? logits(chunk)[head * kStatePage] : -INFINITY;
+        }
+#pragma unroll
+        for (int k = 0; k < kAhead; k++) high = fmaxf(high, x[k]);
+        total *= exp_fast(top - finite(high));
+#pragma unroll
+        for (int k = 0; k < kAhead; k++) total += exp_fast(x[k] - finite(high));
+        top = high;
+      }
+      const float2 stats = together(top, total);
+      if (self < kCluster) *of_rank(&shared.stats[rank][unit], self) = stats;
+    }
+  }
+
+  // A chunk's mass is the mean of what it has of each head's softmax.
+  __device__ void find_weights(int parts) const {
+    const int self = threadIdx.x % 32;
+    for (int head = threadIdx.x / 32; head < heads; head += kWarps) {
+      float top = -INFINITY, total = 0;
+      for (int i = self; i < kCluster * parts; i += 32) {
+        const float2 stats = shared.stats[i / parts][i % parts * heads + head];
+        const float high = fmaxf(top, stats.x);
+        total = total * exp_fast(top - finite(high)) + stats.y * exp_fast(stats.x - finite(high));
+        top = high;
+      }
+      const float2 all = together(top, total);
+      if (!self) shared.weights[head] = make_float2(finite(all.x), all.y > 0 ? 1 / (all.y * heads) : 0);
+    }
+  }
+
+  __device__ float mass(const float* logits) const {
+    float sum = 0;
+#pragma unroll 4
+    for (int head = 0; head < heads; head++) {
+      const float2 by = shared.weights[head];
+      sum += exp_fast(logits[head * kStatePage] - by.x) * by.y;
+    }
+    return sum;
+  }
+
+  // Strikes the least used of the entries that may leave off the list of what is held, up to `most` of them.
+  // known: the chunks of the thread's first entries, -1 for those that may not leave. By all of the first block.
+  __device__ int leave(int most, int (&known)[kEntries]) const {
+    const auto own = [&] {
+      uint64_t least = kNone;
+      float used[kEntries];
+#pragma unroll
+      for (int k = 0; k < kEntries; k++) used[k] = known[k] >= 0 ? p.usage[at(known[k])] : 0;
+#pragma unroll
+      for (int k = 0; k < kEntries; k++)
+        if (known[k] >= 0)
+          least = min(least, uint64_t(__float_as_uint(used[k])) << 32 | uint32_t(threadIdx.x + k * kThreads));
+      for (int entry = threadIdx.x + kEntries * kThreads; entry < count - 1; entry += kThreads) {
+        const int chunk = p.entry_chunk[at(entry)];
+        if (may_leave(chunk) && p.held[at(chunk)] == 1)
+          least = min(least, uint64_t(__float_as_uint(p.usage[at(chunk)])) << 32 | uint32_t(entry));
+      }
+      return least;
+    };
+    int leaving = 0;
+    uint64_t least = own();
+    while (leaving < most) {
+      uint64_t* const all = shared.least[leaving % 2];
+      const uint64_t of_warp = lowest(least);
+      if (threadIdx.x % 32 == 0) all[threadIdx.x / 32] = of_warp;
+      __syncthreads();
+      uint64_t first = all[0];
+      for (int i = 1; i < kWarps; i++) first = min(first, all[i]);
+      if (first == kNone) break;
+      const int entry = int(uint32_t(first));
+      if (entry % kThreads == int(threadIdx.x)) {
+        shared.victims[leaving] = entry;
+        p.held[at(p.entry_chunk[at(entry)])] = 0;
+#pragma unroll
+        for (int k = 0; k < kEntries; k++)
+          if (entry / kThreads == k) known[k] = -1;
+        least = own();
+      }
+      leaving++;
+    }
+    return leaving;
+  }
+
+  // Finds those with most mass, by the first warp of the first block: a lane of it has its share of what all warps found.
+  __device__ void choose(int picks) const {
+    constexpr int kEach = kCluster * kWarps / 32;
+    const int self = threadIdx.x % 32;
+    uint64_t best[kEach];
+#pragma unroll
+    for (int k = 0; k < kEach; k++) best[k] = shared.best[32 * k + self];
+    for (int step = 0; step < picks; step++) {
+      uint64_t own = 0;
+#pragma unroll
+      for (int k = 0; k < kEach; k++) own = max(own, best[k]);
+      const uint64_t first = highest(own);
+      const int pick = chunk_of(first);
+      if (!self) {
+        shared.picked[step] = pick;
+        p.held[at(pick)] = 1;
+        *logits(pick) = -1;
+      }
+      __syncwarp();
+      if (step + 1 == picks) break;
+      // The warp that found it has another best one now.
+      int part = -1;
+#pragma unroll
+      for (int k = 0; k < kEach; k++)
+        if (best[k] == first) part = 32 * k + self;
+      part = __reduce_max_sync(~0u, part);
+      const int2 its = range(part / kWarps);
+      uint64_t next = 0;
+      for (int chunk = its.x + part % kWarps * 32 + self; chunk < its.y; chunk += kThreads) {
+        const float mass = *logits(chunk);
+        if (mass > 0) next = max(next, by_mass(mass, chunk));
+      }
+      next = highest(next);
+#pragma unroll
+      for (int k = 0; k < kEach; k++)
+        if (32 * k + self == part) best[k] = next;
+    }
+  }
+
+  // Puts what comes into the list, by the first warp of the first block.
+  __device__ void enter(int picks, int leaving) const {
+    const int self = threadIdx.x % 32, place = (row * p.layer_lanes + local) * p.most;
+    const auto come = [&](int step, int64_t to) {
+      const int pick = shared.picked[step], slot = p.entry_slot[to];
+      p.entry_chunk[to] = pick;
+      p.fetch_page[place + step] = shared.page[step] = host_page(pick);
+      p.fetch_slot[place + step] = shared.slot[step] = slot;
+    };
+    if (self < min(picks, leaving)) come(self, at(shared.victims[self]));
+    __syncwarp();
+    if (!self) {
+      int now = count;
+      for (int step = leaving; step < picks; step++, now++) {
+        // One more than before: the tail moves up, into the first spare entry, and keeps its slot.
+        const int64_t to = at(now - 1), end = at(now);
+        const int tail = p.entry_slot[to], spare = p.entry_slot[end];
+        p.entry_slot[end] = tail;
+        p.entry_chunk[end] = full;
+        p.entry_slot[to] = spare;
+        come(step, to);
+      }
+      for (int step = picks; step < leaving; step++, now--) {
+        // One less: the entry before the tail fills the gap, the tail moves down, the slot becomes spare.
+        const int gap = shared.victims[step];
+        const int64_t to = at(gap), before = at(now - 2), tail = at(now - 1);
+        const int freed = p.entry_slot[to], tail_slot = p.entry_slot[tail];
+        // A later victim that has just moved is found under its new number.
+        for (int other = step + 1; other < leaving; other++)
+          if (shared.victims[other] == now - 2) shared.victims[other] = gap;
+        if (gap != now - 2) {
+          p.entry_slot[to] = p.entry_slot[before];
+          p.entry_chunk[to] = p.entry_chunk[before];
+        }
+        p.entry_slot[before] = tail_slot;
+        p.entry_chunk[before] = full;
+        p.entry_slot[tail] = freed;
+      }
+      if (now != count) p.counts[int64_t(mine) * p.lanes + lane] = now;
+      if (picks) atomicAdd(p.demanded, static_cast<unsigned long long>(picks));
+    }
+    __syncwarp();
+  }
+
+  __device__ void copy(int picks) const {
+    const int vectors = int(p.page_bytes / 16);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < picks * vectors; i += kThreads) {
+      const int item = i / vectors, vector = i - item * vectors, slot = shared.slot[item];
+      const uint8_t* const from = p.pool + p.host_delta + shared.page[item] * p.page_bytes;
+      if (slot >= 0)
+        reinterpret_cast<uint4*>(p.pool + slot * p.page_bytes)[vector] = reinterpret_cast<const uint4*>(from)[vector];
+    }
+  }
+};
+
+// Grid (blocks of a cluster, lanes of the layer, rows side by side).
+__global__ void __launch_bounds__(kThreads, 2) demand(Demand p) {
+  Shared& shared = *dynamic_shared<Shared>();
+  int* const pages = reinterpret_cast<int*>(&shared + 1);
+  const unsigned rank = cluster_rank();
+  const int self = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int local = blockIdx.y, lane = p.lane_first + local, heads = p.q_heads / p.layer_lanes;
+  const int parts = max(1, kWarps / heads);
+  bool first_row = true;
+  cluster_arrive();
+  for (int row = blockIdx.z; row < p.n; row += gridDim.z) {
+    const int length = p.length[row], mine = p.state[row];
+    const bool works = (length > 0) & (mine >= 0);
+    const int64_t of_lane = int64_t(works ? mine : 0) * p.lanes + lane;
+    const Lane it{p, shared, pages, row, local, lane, heads, works ? (length - 1) / p.chunk : 0, mine,
+                  works ? p.counts[of_lane] : 0, works ? p.caps[of_lane] : 0};
+    const int2 range = it.range(rank);
+    // Older than the kernels of this layer, and read before they have ended: the pages, what the block's chunks were
+    // used and whether they are held, and, where some may have to leave, whose turn it could be.
+    float used[kChunks];
+    bool absent[kChunks];
+    int known[kEntries];
+    const auto look = [&](int begin) {
+#pragma unroll
+      for (int k = 0; k < kChunks; k++) {
+        const int chunk = begin + k * kThreads;
+        const bool real = chunk < range.y;
+        used[k] = real ? p.usage[it.at(chunk)] : 0;
+        absent[k] = real && !p.held[it.at(chunk)];
+      }
+    };
+    if (works) {
+      // The tail's entry may become the one after it.
+      const int most = max(it.full, it.count) / kStatePage + 1;
+      for (int i = threadIdx.x; i < min(most, int(p.pages_stride)); i += kThreads)
+        pages[i] = p.pages[mine * p.pages_stride + i];
+      __syncthreads();
+      look(range.x + threadIdx.x);
+      if (!rank) {
+#pragma unroll
+        for (int k = 0; k < kEntries; k++) {
+          const int entry = threadIdx.x + k * kThreads;
+          known[k] = it.count + p.most > it.cap && entry < it.count - 1 ? p.entry_chunk[it.at(entry)] : -1;
+        }
+#pragma unroll
+        for (int k = 0; k < kEntries; k++)
+          if (known[k] >= 0 && !(it.may_leave(known[k]) && p.held[it.at(known[k])] == 1)) known[k] = -1;
+      }
+    }
+    if (first_row) {
+      cluster_await();  // all blocks have begun
+      await_grid();
+      let_next_begin();
+      first_row = false;
+    }
+    int* const fetched = p.fetch_slot + (row * p.layer_lanes + local) * p.most;
+    if (!rank && int(threadIdx.x) < p.most) fetched[threadIdx.x] = -1;
+    if (!works) continue;
+
+    it.tell_stats(range, rank, parts);
+    cluster_arrive();
+    cluster_await();
+    it.find_weights(parts);
+    __syncthreads();
+    int wanted = 0;
+    uint64_t best = 0;
+    for (int begin = range.x + threadIdx.x; begin - int(threadIdx.x) < range.y; begin += kChunks * kThreads) {
+      if (begin != range.x + int(threadIdx.x)) look(begin);
+      float mass[kChunks];
+#pragma unroll
+      for (int k = 0; k < kChunks; k++) {
+        const int chunk = begin + k * kThreads;
+        mass[k] = chunk < range.y ? it.mass(it.logits(chunk)) : 0;
+      }
+#pragma unroll
+      for (int k = 0; k < kChunks; k++) {
+        const int chunk = begin + k * kThreads;
+        if (chunk >= range.y) continue;
+        p.usage[it.at(chunk)] = fmaxf(used[k] * p.decay, mass[k]);
+        const bool comes = absent[k] && mass[k] > p.threshold;
+        *it.logits(chunk) = comes ? mass[k] : -1;
+        wanted += comes;
+        if (comes) best = max(best, by_mass(mass[k], chunk));
+      }
+    }
+    wanted = __reduce_add_sync(~0u, wanted);
+    if (wanted) best = highest(best);
+    if (!self) {
+      *of_rank(&shared.best[rank * kWarps + warp], 0) = best;
+      *of_rank(&shared.wanted[rank * kWarps + warp], 0) = wanted;
+    }
+    cluster_arrive();
+    cluster_await();
+    if (rank) continue;
+
+    wanted = 0;
+    for (int i = self; i < kCluster * kWarps; i += 32) wanted += shared.wanted[i];
+    wanted = __reduce_add_sync(~0u, wanted);
+    int picks = min(wanted, p.most);
+    const int over = it.count + picks - it.cap;
+    if (!picks && over <= 0) continue;
+    const int leaving = over > 0 ? it.leave(min(over, p.most + 1), known) : 0;
+    picks = max(picks - max(over - leaving, 0), 0);
+    __syncthreads();
+    if (!warp) {
+      it.choose(picks);
+      it.enter(picks, leaving);
+    }
+    __syncthreads();
+    it.copy(picks);
+  }
+}
+
+}  // namespace
+}  // namespace lsa
+
+// Every pointer is to device memory. host_delta, page_bytes: bytes, multiples of 16; host pages are at pool + host_delta.
+// Returns a cudaError_t, 0 on success.
+LSA_EXPORT int lsa_demand(const int* length, const int* state, const int* block_table, int64_t table_stride,
+                          const int* pages, int64_t pages_stride, int* counts, const int* caps, int* entry_chunk,
+                          int* entry_slot, uint8_t* held, float* usage, float* logits, int64_t* fetch_page,
+                          int* fetch_slot, unsigned long long* demanded, uint8_t* pool, int64_t host_delta,
+                          int64_t page_bytes, int n, int layer_lanes, int lanes, int lane_first, int q_heads, int chunk,
+                          int per_block, int most, int sink, int recency, float threshold, float decay, void* stream) {
+  using namespace lsa;
+  if (!n) return 0;
+  const int bytes = int(sizeof(Shared)) + int(pages_stride) * int(sizeof(int));
+  if (q_heads / layer_lanes > kMostHeads || most > kMostPicks || bytes > 48 << 10) return cudaErrorInvalidValue;
+  const Demand p = {length, state, block_table, table_stride, pages, pages_stride, counts, caps, entry_chunk, entry_slot,
+                    held, usage, logits, fetch_page, fetch_slot, demanded, pool, host_delta, page_bytes, n, layer_lanes,
+                    lanes, lane_first, q_heads, chunk, per_block, most, sink, recency, threshold, decay};
+  const dim3 grid(kCluster, layer_lanes, min(n, max(1, kClusters / layer_lanes)));
+  return launch_clusters(demand, grid, kThreads, bytes, kCluster, static_cast<cudaStream_t>(stream), p);
+}
