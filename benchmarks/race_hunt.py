@@ -52,7 +52,8 @@ def generate(args: argparse.Namespace) -> None:
     engine, waiting = llm.llm_engine, list(enumerate(requests(args.generations, args.seed)))
     found: dict[str, list[int]] = {}
     running, progress = 0, tqdm(total=args.generations, mininterval=5, desc="eager" if args.eager else "graphs")
-    while waiting or engine.has_unfinished_requests():
+    end = time.monotonic() + args.seconds
+    while (waiting or engine.has_unfinished_requests()) and time.monotonic() < end:
         # By the engine's own steps, so that both runs schedule alike.
         while waiting and running < args.batch:
             number, prompt = waiting.pop(0)
@@ -84,6 +85,9 @@ def main() -> None:
     parser.add_argument("--demand", default="mean_key")
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs, both engines")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop after that and compare what both have finished"
+    )
     parser.add_argument("--only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -97,11 +101,12 @@ def main() -> None:
             sys.exit(f"failed: {failed}")
         served, waited = (json.loads(out.read_text()) for out in files)
     print(f"{time.perf_counter() - begin:.0f} s")
-    different = [name for name, tokens in waited.items() if served.get(name) != tokens]
+    both = served.keys() & waited.keys()
+    different = [name for name in both if served[name] != waited[name]]
     for name in different[:20]:
-        print(f"request {name}: {served.get(name)} as served, {waited[name]} when waited for")
-    print(f"{len(waited)} generations of {args.tokens} tokens, {len(different)} different")
-    sys.exit(bool(different) or len(served) != len(waited))
+        print(f"request {name}: {served[name]} as served, {waited[name]} when waited for")
+    print(f"{len(both)} generations of {args.tokens} tokens, {len(different)} different")
+    sys.exit(bool(different) or (args.seconds == float("inf") and len(both) != args.generations))
 
 
 if __name__ == "__main__":
