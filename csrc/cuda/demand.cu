@@ -15,15 +15,18 @@ namespace {
 using namespace device;
 
 constexpr int kCluster = 8;  // blocks: the most that every device with clusters has
+constexpr int kWideCluster = 16;  // where rows may be long and the device has it
+constexpr int kLongPages = 256;   // state pages of a row from which they are
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kClusters = 32;  // side by side: about what a device holds at a time
+constexpr int kBlocks = 256;  // side by side: about what a device holds at a time
 constexpr int kStatePage = 64;
 constexpr int kMostHeads = 128;  // of a lane
 constexpr int kMostPicks = 32;   // a lane of a warp each
 constexpr int kAhead = 8;        // logits that a thread asks for at a time
 constexpr int kChunks = 4;       // chunks of a thread, and
 constexpr int kEntries = 4;      // entries of the lane's list, that are looked at before the scores are there
+constexpr int kMostDevices = 64;
 constexpr uint64_t kNone = ~uint64_t(0);
 constexpr float kLog2e = 1.44269504088896340736f;
 
@@ -48,12 +51,13 @@ struct Demand {
   float threshold, decay;
 };
 
+template <int C>
 struct Shared {
-  float2 stats[kCluster][kMostHeads];  // of each block's units: the highest logit, and the sum beside that
+  float2 stats[C][kMostHeads];  // of each block's units: the highest logit, and the sum beside that
   float2 weights[kMostHeads];          // of a head: the highest logit, and what its exponentials are multiplied by
   // Of the first block. What each warp of each block found: the chunk with most mass, and how many may come.
-  uint64_t best[kCluster * kWarps];
-  int wanted[kCluster * kWarps];
+  uint64_t best[C * kWarps];
+  int wanted[C * kWarps];
   uint64_t least[2][kWarps];
   int64_t page[kMostPicks];
   int slot[kMostPicks], picked[kMostPicks], victims[kMostPicks + 1];
@@ -87,10 +91,11 @@ __device__ float2 together(float top, float total) {
 __device__ uint64_t by_mass(float mass, int chunk) { return uint64_t(__float_as_uint(mass)) << 32 | uint32_t(~chunk); }
 __device__ int chunk_of(uint64_t key) { return ~uint32_t(key); }
 
-// One row of `demand`, by the cluster of a lane. Everything that is asked is the same for all of its threads.
+// One row of `demand`, by the cluster of C blocks of a lane. All that it holds is the same for all of their threads.
+template <int C>
 struct Lane {
   const Demand& p;
-  Shared& shared;
+  Shared<C>& shared;
   const int* const pages;  // of the row, in shared memory
   const int row, local, lane, heads, full, mine, count, cap;
 
@@ -103,7 +108,7 @@ struct Lane {
     return p.logits + (int64_t(pages[chunk / kStatePage]) * p.q_heads + local * heads) * kStatePage + chunk % kStatePage;
   }
   __device__ int2 range(unsigned rank) const {
-    const int each = ((full + kCluster - 1) / kCluster + kStatePage - 1) / kStatePage * kStatePage;
+    const int each = ((full + C - 1) / C + kStatePage - 1) / kStatePage * kStatePage;
     return make_int2(min(int(rank) * each, full), min(int(rank + 1) * each, full));
   }
   __device__ bool may_leave(int chunk) const { return (chunk >= p.sink) & (chunk < full - p.recency); }
@@ -134,7 +139,7 @@ struct Lane {
         top = high;
       }
       const float2 stats = together(top, total);
-      if (self < kCluster) *of_rank(&shared.stats[rank][unit], self) = stats;
+      if (self < C) *of_rank(&shared.stats[rank][unit], self) = stats;
     }
   }
 
@@ -143,7 +148,7 @@ struct Lane {
     const int self = threadIdx.x % 32;
     for (int head = threadIdx.x / 32; head < heads; head += kWarps) {
       float top = -INFINITY, total = 0;
-      for (int i = self; i < kCluster * parts; i += 32) {
+      for (int i = self; i < C * parts; i += 32) {
         const float2 stats = shared.stats[i / parts][i % parts * heads + head];
         const float high = fmaxf(top, stats.x);
         total = total * exp_fast(top - finite(high)) + stats.y * exp_fast(stats.x - finite(high));
@@ -209,7 +214,7 @@ struct Lane {
 
   // Finds those with most mass, by the first warp of the first block: a lane of it has its share of what all warps found.
   __device__ void choose(int picks) const {
-    constexpr int kEach = kCluster * kWarps / 32;
+    constexpr int kEach = C * kWarps / 32;
     const int self = threadIdx.x % 32;
     uint64_t best[kEach];
 #pragma unroll
@@ -303,8 +308,9 @@ struct Lane {
 };
 
 // Grid (blocks of a cluster, lanes of the layer, rows side by side).
+template <int C>
 __global__ void __launch_bounds__(kThreads, 2) demand(Demand p) {
-  Shared& shared = *dynamic_shared<Shared>();
+  Shared<C>& shared = *dynamic_shared<Shared<C>>();
   int* const pages = reinterpret_cast<int*>(&shared + 1);
   const unsigned rank = cluster_rank();
   const int self = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -316,7 +322,7 @@ __global__ void __launch_bounds__(kThreads, 2) demand(Demand p) {
     const int length = p.length[row], mine = p.state[row];
     const bool works = (length > 0) & (mine >= 0);
     const int64_t of_lane = int64_t(works ? mine : 0) * p.lanes + lane;
-    const Lane it{p, shared, pages, row, local, lane, heads, works ? (length - 1) / p.chunk : 0, mine,
+    const Lane<C> it{p, shared, pages, row, local, lane, heads, works ? (length - 1) / p.chunk : 0, mine,
                   works ? p.counts[of_lane] : 0, works ? p.caps[of_lane] : 0};
     const int2 range = it.range(rank);
     // Older than the kernels of this layer, and read before they have ended: the pages, what the block's chunks were
@@ -398,7 +404,7 @@ __global__ void __launch_bounds__(kThreads, 2) demand(Demand p) {
     if (rank) continue;
 
     wanted = 0;
-    for (int i = self; i < kCluster * kWarps; i += 32) wanted += shared.wanted[i];
+    for (int i = self; i < C * kWarps; i += 32) wanted += shared.wanted[i];
     wanted = __reduce_add_sync(~0u, wanted);
     int picks = min(wanted, p.most);
     const int over = it.count + picks - it.cap;
@@ -415,6 +421,23 @@ __global__ void __launch_bounds__(kThreads, 2) demand(Demand p) {
   }
 }
 
+template <int C>
+cudaError_t launch(const Demand& p, cudaStream_t stream) {
+  const int bytes = int(sizeof(Shared<C>)) + int(p.pages_stride) * int(sizeof(int));
+  if (p.q_heads / p.layer_lanes > kMostHeads || p.most > kMostPicks || bytes > 48 << 10) return cudaErrorInvalidValue;
+  const dim3 grid(C, p.layer_lanes, min(p.n, max(1, kBlocks / C / p.layer_lanes)));
+  return launch_clusters(demand<C>, grid, kThreads, bytes, C, stream, p);
+}
+
+// Whether the device has room for a cluster of more than 8 blocks: found out once.
+bool has_wide_clusters() {
+  static int known[kMostDevices];
+  int device;
+  if (cudaGetDevice(&device) || device >= kMostDevices) return false;
+  if (!known[device]) known[device] = has_clusters(demand<kWideCluster>, kThreads, 48 << 10, kWideCluster) ? 1 : -1;
+  return known[device] > 0;
+}
+
 }  // namespace
 }  // namespace lsa
 
@@ -428,11 +451,9 @@ LSA_EXPORT int lsa_demand(const int* length, const int* state, const int* block_
                           int per_block, int most, int sink, int recency, float threshold, float decay, void* stream) {
   using namespace lsa;
   if (!n) return 0;
-  const int bytes = int(sizeof(Shared)) + int(pages_stride) * int(sizeof(int));
-  if (q_heads / layer_lanes > kMostHeads || most > kMostPicks || bytes > 48 << 10) return cudaErrorInvalidValue;
   const Demand p = {length, state, block_table, table_stride, pages, pages_stride, counts, caps, entry_chunk, entry_slot,
                     held, usage, logits, fetch_page, fetch_slot, demanded, pool, host_delta, page_bytes, n, layer_lanes,
                     lanes, lane_first, q_heads, chunk, per_block, most, sink, recency, threshold, decay};
-  const dim3 grid(kCluster, layer_lanes, min(n, max(1, kClusters / layer_lanes)));
-  return launch_clusters(demand, grid, kThreads, bytes, kCluster, static_cast<cudaStream_t>(stream), p);
+  const auto on = static_cast<cudaStream_t>(stream);
+  return pages_stride >= kLongPages && has_wide_clusters() ? launch<kWideCluster>(p, on) : launch<kCluster>(p, on);
 }

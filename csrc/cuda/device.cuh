@@ -150,6 +150,25 @@ cudaError_t launch_clusters(void (*kernel)(Arguments...), dim3 grid, int threads
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// Whether the device runs clusters of more blocks than all devices do. If so, the kernel may be launched as such.
+template <typename Kernel>
+bool has_clusters(Kernel kernel, int threads, int bytes, int cluster) {
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) return cudaGetLastError(), false;
+  cudaLaunchAttribute size;
+  size.id = cudaLaunchAttributeClusterDimension;
+  size.val.clusterDim.x = cluster;
+  size.val.clusterDim.y = size.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(cluster);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes;
+  config.attrs = &size;
+  config.numAttrs = 1;
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)) return cudaGetLastError(), false;
+  return clusters > 0;
+}
+
 }  // namespace lsa::device
 
 #endif
