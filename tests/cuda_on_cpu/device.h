@@ -1,11 +1,14 @@
 // What csrc/cuda/device.cuh and CUDA itself have for kernels, on a CPU: for tests of the arithmetic, not of races.
 //
-// A block's threads are fibers that run one after the other up to the next barrier, shuffle or reduction, where they
-// meet. Asynchronous copies arrive when they are awaited and not before, shared memory begins with rubbish, copies from
-// outside of the memory that was named are refused, and a barrier that some thread never reaches ends the program. One
-// kernel runs at a time.
+// A block's threads are fibers, and so are those of a cluster's blocks. A warp's run, in an order that can be set, as far
+// as they get without the others, then come the next warp's. Asynchronous copies arrive when they are awaited and not
+// before, shared memory begins with rubbish, what lies outside of it and what is left of a block that has ended must not
+// be written, copies from outside of the memory that was named are refused, and a barrier that some thread never reaches
+// ends the program. One kernel runs at a time.
 #define LSA_CUDA_DEVICE  // in the place of csrc/cuda/device.cuh
+#undef _FORTIFY_SOURCE   // it takes jumps to another stack for errors
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -14,22 +17,29 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
 #include <vector>
 
 #define __device__
 #define __global__
+#define __host__
 #define __shared__ static
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
+#define __forceinline__ inline
 
 using std::max;
 using std::min;
 
-struct int2 { int x, y; };
-struct uint2 { uint32_t x, y; };
-struct uint4 { uint32_t x, y, z, w; };
-struct float2 { float x, y; };
+struct alignas(8) int2 { int x, y; };
+struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(8) uint2 { uint32_t x, y; };
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct dim3 {
   unsigned x, y, z;
@@ -48,11 +58,29 @@ namespace cpu {
   std::abort();
 }
 
-// -- the threads of a block -----------------------------------------------------------------------------------------
+// -- the threads of a cluster ---------------------------------------------------------------------------------------
+
+constexpr int kWarp = 32, kMostThreads = 1024, kMostBlocks = 16, kStack = 64 << 10, kMemory = 256 << 10;
+constexpr uint8_t kRubbish = 0xa5, kEnded = 0x5a;  // what shared memory begins with, and what a block leaves there
 
 struct Barrier {
   int waiting = 0;
   unsigned generation = 0;
+
+  void arrive(int count) {
+    if (++waiting < count) return;
+    waiting = 0;
+    generation++;
+  }
+};
+
+struct Block {
+  dim3 index;
+  Barrier whole, warps[kMostThreads / kWarp];
+  uint64_t slots[kMostThreads / kWarp][kWarp];  // what lanes show each other
+  bool votes[2];                                // of this generation of `whole` and of the next one
+  int left;                                     // threads that have not ended
+  bool begun;
 };
 
 struct Copy {
@@ -61,60 +89,147 @@ struct Copy {
   int bytes;
 };
 
-constexpr int kWarp = 32, kMostThreads = 1024, kStack = 64 << 10;
-static dim3 thread, block, threads, blocks;
-static Barrier whole, warps[kMostThreads / kWarp];
-static uint64_t slots[kMostThreads / kWarp][kWarp];  // what lanes show each other
-static ucontext_t scheduler, fibers[kMostThreads];
-static bool done[kMostThreads];
-static std::vector<std::vector<Copy>> groups[kMostThreads];  // of a thread's copies; the last one is open
-static int running;
-static long idle;  // turns in which nobody got past a barrier
-static std::function<void()> body;
-alignas(1024) static uint8_t memory[256 << 10];  // shared
-static const uint8_t *source_begin, *source_end;
-static int multiprocessors = 1;
+struct Fiber {
+  std::unique_ptr<uint8_t[]> stack;  // kept for the next blocks
+  jmp_buf at;
+  const Barrier* waits;  // for the end of this generation
+  unsigned generation;
+  bool done, arrived;                     // arrived: at the cluster's barrier, which it has not awaited yet
+  unsigned arrival;                       // the generation of that
+  std::vector<std::vector<Copy>> groups;  // of its copies; the last one is open
+};
+
+inline dim3 thread, threads, blocks;
+inline int cluster_blocks = 1, shared_bytes = kMemory;
+inline Block cluster[kMostBlocks];
+inline Barrier cluster_barrier;
+inline std::deque<Fiber> fibers;  // block by block
+inline jmp_buf scheduler;
+inline int running, rank;
+inline std::function<void()> body;
+alignas(1024) inline uint8_t memories[kMostBlocks][kMemory];  // shared
+inline uint8_t* memory = memories[0];                         // of the block that runs
+inline const uint8_t *source_begin, *source_end;
+inline int multiprocessors = 1;
+inline unsigned order;  // of warps and lanes: 0 rising, 1 falling, else a new random one each time
+
+inline bool is_all(const uint8_t* p, size_t n, uint8_t x) { return !n || (*p == x && !std::memcmp(p, p + 1, n - 1)); }
+
+inline void wait(const Barrier& barrier, unsigned generation) {
+  Fiber& own = fibers[running];
+  own.waits = &barrier;
+  own.generation = generation;
+  if (barrier.generation == generation && !_setjmp(own.at)) _longjmp(scheduler, 1);
+}
 
 inline void meet(Barrier& barrier, int count) {
   const unsigned mine = barrier.generation;
-  idle = 0;
-  if (++barrier.waiting == count) {
-    barrier.waiting = 0;
-    barrier.generation++;
-  }
-  while (barrier.generation == mine) swapcontext(&fibers[running], &scheduler);
+  barrier.arrive(count);
+  wait(barrier, mine);
 }
 
 inline void enter() {
-  body();
-  done[running] = true;
-  swapcontext(&fibers[running], &scheduler);
+  for (;;) {
+    body();
+    fibers[running].done = true;
+    if (!_setjmp(fibers[running].at)) _longjmp(scheduler, 1);
+  }
 }
 
-inline void run_block(int count) {
-  static std::vector<uint8_t> stacks(size_t(kMostThreads) * kStack);
-  std::memset(memory, 0xa5, sizeof memory);
-  whole = {};
-  for (Barrier& barrier : warps) barrier = {};
-  for (int i = 0; i < count; i++) {
-    done[i] = false;
-    groups[i].assign(1, {});
-    getcontext(&fibers[i]);
-    fibers[i].uc_stack.ss_sp = &stacks[size_t(i) * kStack];
-    fibers[i].uc_stack.ss_size = kStack;
-    fibers[i].uc_link = &scheduler;
-    makecontext(&fibers[i], enter, 0);
+// Runs a thread to where it has to wait.
+inline void resume(Fiber& fiber) {
+  if (_setjmp(scheduler)) return;
+  if (fiber.stack) _longjmp(fiber.at, 1);
+  fiber.stack.reset(new uint8_t[kStack]);
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.get();
+  context.uc_stack.ss_size = kStack;
+  makecontext(&context, enter, 0);
+  setcontext(&context);
+}
+
+inline void end_thread(Block& own) {
+  if (fibers[running].arrived) fail("a thread ends before it has awaited the cluster");
+  if (--own.left) return;
+  if (!is_all(memory + shared_bytes, kMemory - shared_bytes, kRubbish)) fail("a write past the end of shared memory");
+  if (cluster_blocks > 1) std::memset(memory, kEnded, shared_bytes);  // others must leave it alone now
+}
+
+// Runs a thread of a block, if it has not to wait; whether it has run.
+inline bool run_thread(int which) {
+  Fiber& fiber = fibers[which];
+  if (fiber.done || (fiber.waits && fiber.waits->generation == fiber.generation)) return false;
+  fiber.waits = nullptr;
+  running = which;
+  rank = which / threads.x;
+  memory = memories[rank];
+  thread = dim3(which % threads.x);
+  Block& own = cluster[rank];
+  if (!own.begun && cluster_blocks > 1 && !is_all(memory, kMemory, kRubbish)) fail("a write to a block not begun yet");
+  own.begun = true;
+  resume(fiber);
+  if (fiber.done) end_thread(own);
+  return true;
+}
+
+inline void sort_out(std::vector<int>& numbers) {
+  static std::mt19937 random;
+  std::iota(numbers.begin(), numbers.end(), 0);
+  if (order == 1) std::reverse(numbers.begin(), numbers.end());
+  if (order > 1) {
+    random.seed(random() ^ order);
+    std::shuffle(numbers.begin(), numbers.end(), random);
   }
-  for (int left = count; left;) {
-    if (++idle > 1000) fail("threads wait for each other in vain");
-    for (int i = 0; i < count; i++) {
-      if (done[i]) continue;
-      running = i;
-      thread = dim3(i, 0, 0);
-      swapcontext(&scheduler, &fibers[i]);
-      if (done[i]) left--, idle = 0;
-    }
+}
+
+// Blocks of a cluster, from this one on.
+inline void run_cluster(dim3 first) {
+  const int count = threads.x, all = cluster_blocks * count;
+  while (int(fibers.size()) < all) fibers.emplace_back();
+  for (int i = 0; i < all; i++) {
+    fibers[i].waits = nullptr;
+    fibers[i].done = fibers[i].arrived = false;
+    fibers[i].groups.assign(1, {});
   }
+  cluster_barrier = {};
+  for (int i = 0; i < cluster_blocks; i++) {
+    std::memset(memories[i], kRubbish, kMemory);
+    cluster[i] = {};
+    cluster[i].index = dim3(first.x + i, first.y, first.z);
+    cluster[i].left = count;
+  }
+  std::vector<int> warps((all + kWarp - 1) / kWarp), lanes(kWarp);
+  const auto ended = [&] {
+    return std::all_of(cluster, cluster + cluster_blocks, [](const Block& x) { return !x.left; });
+  };
+  while (!ended()) {
+    bool any = false;
+    sort_out(warps);
+    sort_out(lanes);
+    for (const int warp : warps)
+      for (bool more = true; more; any |= more) {
+        more = false;
+        for (const int lane : lanes) more |= warp * kWarp + lane < all && run_thread(warp * kWarp + lane);
+      }
+    if (!any) fail("threads wait for each other in vain");
+  }
+  for (int i = 0; i < cluster_blocks; i++)
+    if (cluster_blocks > 1 && !is_all(memories[i], shared_bytes, kEnded)) fail("a write to a block that has ended");
+}
+
+template <typename... A>
+int run_grid(void (*kernel)(A...), dim3 grid, int count, int bytes, int neighbours, A... arguments) {
+  if (bytes > kMemory || count > kMostThreads || neighbours > kMostBlocks || grid.x % neighbours) return 1;
+  threads = dim3(count);
+  blocks = grid;
+  cluster_blocks = neighbours;
+  shared_bytes = bytes;
+  body = [=] { kernel(arguments...); };
+  for (unsigned z = 0; z < grid.z; z++)
+    for (unsigned y = 0; y < grid.y; y++)
+      for (unsigned x = 0; x < grid.x; x += neighbours) run_cluster(dim3(x, y, z));
+  return 0;
 }
 
 template <typename T>
@@ -135,18 +250,20 @@ T seen(uint64_t bits) {
 template <typename F>
 auto together(uint64_t x, F f) {
   const int warp = thread.x / kWarp;
-  slots[warp][thread.x % kWarp] = x;
-  meet(warps[warp], kWarp);
-  const auto result = f(slots[warp]);
-  meet(warps[warp], kWarp);
+  Block& own = cluster[rank];
+  own.slots[warp][thread.x % kWarp] = x;
+  meet(own.warps[warp], kWarp);
+  const auto result = f(own.slots[warp]);
+  meet(own.warps[warp], kWarp);
   return result;
 }
 
-template <typename F>
-int reduced(int x, F f) {
+template <typename T, typename F>
+T reduced(T x, F f) {
+  static_assert(sizeof(T) == 4, "CUDA reduces words only");
   return together(shown(x), [&](const uint64_t* all) {
-    int result = seen<int>(all[0]);
-    for (int i = 1; i < kWarp; i++) result = f(result, seen<int>(all[i]));
+    T result = seen<T>(all[0]);
+    for (int i = 1; i < kWarp; i++) result = f(result, seen<T>(all[i]));
     return result;
   });
 }
@@ -154,14 +271,24 @@ int reduced(int x, F f) {
 }  // namespace cpu
 
 #define threadIdx cpu::thread
-#define blockIdx cpu::block
+#define blockIdx cpu::cluster[cpu::rank].index
 #define blockDim cpu::threads
 #define gridDim cpu::blocks
 
 // -- CUDA's functions -----------------------------------------------------------------------------------------------
 
-inline void __syncthreads() { cpu::meet(cpu::whole, cpu::threads.x); }
-inline void __syncwarp() { cpu::meet(cpu::warps[cpu::thread.x / cpu::kWarp], cpu::kWarp); }
+inline void __syncthreads() { cpu::meet(cpu::cluster[cpu::rank].whole, cpu::threads.x); }
+inline int __syncthreads_or(int x) {
+  cpu::Block& own = cpu::cluster[cpu::rank];
+  const unsigned generation = own.whole.generation;
+  if (!own.whole.waiting) own.votes[generation % 2] = false;
+  own.votes[generation % 2] |= x != 0;
+  __syncthreads();
+  return own.votes[generation % 2];
+}
+inline void __syncwarp(unsigned = ~0u) {
+  cpu::meet(cpu::cluster[cpu::rank].warps[cpu::thread.x / cpu::kWarp], cpu::kWarp);
+}
 template <typename T>
 T __shfl_sync(unsigned, T x, int lane) {
   return cpu::together(cpu::shown(x), [&](const uint64_t* all) { return cpu::seen<T>(all[lane % cpu::kWarp]); });
@@ -182,13 +309,24 @@ inline unsigned __ballot_sync(unsigned, bool x) {
     return result;
   });
 }
-inline int __reduce_min_sync(unsigned, int x) {
-  return cpu::reduced(x, [](int a, int b) { return min(a, b); });
+template <typename T>
+T __reduce_min_sync(unsigned, T x) {
+  return cpu::reduced(x, [](T a, T b) { return min(a, b); });
 }
-inline int __reduce_max_sync(unsigned, int x) {
-  return cpu::reduced(x, [](int a, int b) { return max(a, b); });
+template <typename T>
+T __reduce_max_sync(unsigned, T x) {
+  return cpu::reduced(x, [](T a, T b) { return max(a, b); });
 }
+template <typename T>
+T __reduce_add_sync(unsigned, T x) {
+  return cpu::reduced(x, [](T a, T b) { return T(uint32_t(a) + uint32_t(b)); });
+}
+inline int atomicAdd(int* p, int x) { return (*p += x) - x; }
+inline unsigned atomicAdd(unsigned* p, unsigned x) { return (*p += x) - x; }
+inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long x) { return (*p += x) - x; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }
 inline uint32_t __dp4a(uint32_t a, uint32_t b, uint32_t sum) {
   for (int i = 0; i < 32; i += 8) sum += (a >> i & 255) * (b >> i & 255);
@@ -206,18 +344,21 @@ inline uint32_t __vmaxu2(uint32_t a, uint32_t b) {
 inline float __int_as_float(int x) { return cpu::seen<float>(uint32_t(x)); }
 inline float __uint_as_float(uint32_t x) { return cpu::seen<float>(x); }
 inline int __float_as_int(float x) { return int(cpu::shown(x)); }
+inline uint32_t __float_as_uint(float x) { return uint32_t(cpu::shown(x)); }
 inline uint32_t __float2uint_rn(float x) { return x < 0 ? 0 : uint32_t(std::nearbyint(double(x))); }
 inline uint32_t __float2uint_rz(float x) { return x < 0 ? 0 : uint32_t(x); }
 inline float __log2f(float x) { return std::log2(x); }
+inline float __expf(float x) { return std::exp(x); }
 inline size_t __cvta_generic_to_shared(const void* p) { return static_cast<const uint8_t*>(p) - cpu::memory; }
 inline void* __cvta_shared_to_generic(uint32_t at) {
-  if (at >= sizeof cpu::memory) cpu::fail("an address outside of shared memory");
+  if (at >= cpu::kMemory) cpu::fail("an address outside of shared memory");
   return cpu::memory + at;
 }
 
 typedef int cudaError_t;
 typedef void* cudaStream_t;
-enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorInvalidDevice = 101 };
+enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum { cudaErrorInvalidDevice = 101, cudaErrorNotSupported = 801 };
 enum { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
 enum { cudaFuncAttributePreferredSharedMemoryCarveout, cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum { cudaSharedmemCarveoutMaxShared = 100 };
@@ -263,12 +404,12 @@ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_t
 template <int T>
 void copy_async(uint32_t to, const uint8_t* from) {
   if (from < cpu::source_begin || from + T > cpu::source_end) cpu::fail("a copy from outside of the cells");
-  cpu::groups[cpu::running].back().push_back({to, from, T});
+  cpu::fibers[cpu::running].groups.back().push_back({to, from, T});
 }
-inline void close_group() { cpu::groups[cpu::running].push_back({}); }
+inline void close_group() { cpu::fibers[cpu::running].groups.push_back({}); }
 template <int Latest>
 void await_groups() {
-  auto& mine = cpu::groups[cpu::running];
+  auto& mine = cpu::fibers[cpu::running].groups;
   while (int(mine.size()) - 1 > Latest) {
     for (const cpu::Copy& copy : mine[0]) std::memcpy(__cvta_shared_to_generic(copy.to), copy.from, copy.bytes);
     mine.erase(mine.begin());
@@ -277,25 +418,51 @@ void await_groups() {
 inline float exp2_fast(float x) { return std::exp2(x); }
 
 template <typename... Arguments>
-cudaError_t launch_early(void (*kernel)(Arguments...), dim3 grid, int threads, int, bool, cudaStream_t,
+cudaError_t launch_early(void (*kernel)(Arguments...), dim3 grid, int threads, int bytes, bool, cudaStream_t,
                          Arguments... arguments) {
-  cpu::threads = dim3(threads);
-  cpu::blocks = grid;
-  cpu::body = [=] { kernel(arguments...); };
-  for (unsigned z = 0; z < grid.z; z++)
-    for (unsigned y = 0; y < grid.y; y++)
-      for (unsigned x = 0; x < grid.x; x++) {
-        cpu::block = dim3(x, y, z);
-        cpu::run_block(threads);
-      }
-  return cudaSuccess;
+  return cpu::run_grid(kernel, grid, threads, bytes, 1, arguments...);
+}
+
+inline unsigned cluster_rank() { return cpu::rank; }
+inline void cluster_arrive() {
+  cpu::Fiber& own = cpu::fibers[cpu::running];
+  if (own.arrived) cpu::fail("a thread arrives before it has awaited the cluster");
+  own.arrived = true;
+  own.arrival = cpu::cluster_barrier.generation;
+  cpu::cluster_barrier.arrive(cpu::cluster_blocks * cpu::threads.x);
+}
+inline void cluster_await() {
+  cpu::Fiber& own = cpu::fibers[cpu::running];
+  if (!own.arrived) cpu::fail("a thread awaits the cluster before it has arrived");
+  own.arrived = false;
+  cpu::wait(cpu::cluster_barrier, own.arrival);
+}
+template <typename T>
+T* of_rank(T* p, unsigned rank) {
+  const size_t at = reinterpret_cast<const uint8_t*>(p) - cpu::memory;
+  if (at + sizeof(T) > size_t(cpu::shared_bytes)) cpu::fail("an address outside of the block's shared memory");
+  if (rank >= unsigned(cpu::cluster_blocks)) cpu::fail("a block that the cluster has not");
+  if (!cpu::cluster[rank].left) cpu::fail("memory of a block that has ended");
+  return reinterpret_cast<T*>(cpu::memories[rank] + at);
+}
+template <typename... Arguments>
+cudaError_t launch_clusters(void (*kernel)(Arguments...), dim3 grid, int threads, int bytes, int cluster, cudaStream_t,
+                            Arguments... arguments) {
+  return cpu::run_grid(kernel, grid, threads, bytes, cluster, arguments...);
+}
+template <typename Kernel>
+bool has_clusters(Kernel, int, int, int cluster) {
+  return cluster <= cpu::kMostBlocks;
 }
 
 }  // namespace lsa::device
 
-// Where kernels may copy from, and among how many multiprocessors they share their work.
-extern "C" __attribute__((visibility("default"))) void cpu_set(const uint8_t* begin, const uint8_t* end, int count) {
+// Where kernels may copy from, among how many multiprocessors they share their work, and in which order threads run.
+extern "C" {
+__attribute__((visibility("default"), used)) inline void cpu_set(const uint8_t* begin, const uint8_t* end, int count) {
   cpu::source_begin = begin;
   cpu::source_end = end;
   cpu::multiprocessors = count;
+}
+__attribute__((visibility("default"), used)) inline void cpu_order(unsigned order) { cpu::order = order; }
 }
