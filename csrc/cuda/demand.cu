@@ -26,6 +26,7 @@ constexpr int kMostPicks = 32;   // a lane of a warp each
 constexpr int kAhead = 8;        // logits that a thread asks for at a time
 constexpr int kChunks = 4;       // chunks of a thread, and
 constexpr int kEntries = 4;      // entries of the lane's list, that are looked at before the scores are there
+constexpr int kMostBytes = 48 << 10;  // of shared memory, without asking for more
 constexpr int kMostDevices = 64;
 constexpr uint64_t kNone = ~uint64_t(0);
 constexpr float kLog2e = 1.44269504088896340736f;
@@ -422,11 +423,16 @@ __global__ void __launch_bounds__(kThreads, 2) demand(Demand p) {
 }
 
 template <int C>
+int64_t shared_bytes(const Demand& p) {
+  return int64_t(sizeof(Shared<C>)) + p.pages_stride * int64_t(sizeof(int));
+}
+
+template <int C>
 cudaError_t launch(const Demand& p, cudaStream_t stream) {
-  const int bytes = int(sizeof(Shared<C>)) + int(p.pages_stride) * int(sizeof(int));
-  if (p.q_heads / p.layer_lanes > kMostHeads || p.most > kMostPicks || bytes > 48 << 10) return cudaErrorInvalidValue;
+  const int64_t bytes = shared_bytes<C>(p);
+  if (p.q_heads / p.layer_lanes > kMostHeads || p.most > kMostPicks || bytes > kMostBytes) return cudaErrorInvalidValue;
   const dim3 grid(C, p.layer_lanes, min(p.n, max(1, kBlocks / C / p.layer_lanes)));
-  return launch_clusters(demand<C>, grid, kThreads, bytes, C, stream, p);
+  return launch_clusters(demand<C>, grid, kThreads, int(bytes), C, stream, p);
 }
 
 // Whether the device has room for a cluster of more than 8 blocks: found out once.
@@ -434,7 +440,7 @@ bool has_wide_clusters() {
   static int known[kMostDevices];
   int device;
   if (cudaGetDevice(&device) || device >= kMostDevices) return false;
-  if (!known[device]) known[device] = has_clusters(demand<kWideCluster>, kThreads, 48 << 10, kWideCluster) ? 1 : -1;
+  if (!known[device]) known[device] = has_clusters(demand<kWideCluster>, kThreads, kMostBytes, kWideCluster) ? 1 : -1;
   return known[device] > 0;
 }
 
@@ -455,5 +461,6 @@ LSA_EXPORT int lsa_demand(const int* length, const int* state, const int* block_
                     held, usage, logits, fetch_page, fetch_slot, demanded, pool, host_delta, page_bytes, n, layer_lanes,
                     lanes, lane_first, q_heads, chunk, per_block, most, sink, recency, threshold, decay};
   const auto on = static_cast<cudaStream_t>(stream);
-  return pages_stride >= kLongPages && has_wide_clusters() ? launch<kWideCluster>(p, on) : launch<kCluster>(p, on);
+  const bool wide = pages_stride >= kLongPages && shared_bytes<kWideCluster>(p) <= kMostBytes && has_wide_clusters();
+  return wide ? launch<kWideCluster>(p, on) : launch<kCluster>(p, on);
 }
