@@ -6,11 +6,11 @@ import torch
 
 from tests.device_state import State
 from tests.kernels import DEVICE, load
+from tests.pick_case import FORMS, Case
 from vllm_lsa.device.state import NEXT, DeviceRefresh, DeviceTails
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.ops import resident_rows as ops
 from vllm_lsa.ops.e4m3 import KVScales, quantise, unscaled
-from vllm_lsa.residency.replacement import Replacement
 
 for _name in ("write", "demand", "pages"):
     load(_name)
@@ -135,66 +135,43 @@ def test_fetch(programs):
     assert pool.isnan().all(-1).sum() == pool[..., 0].numel() - 8 * host[0, ..., 0].numel()
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("lanes", [1, 3])
 @pytest.mark.parametrize("most", [1, 2, 4])
 @pytest.mark.parametrize("threshold", [0.0, 0.01])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_pick_follows_the_rule(lanes, most, threshold, seed):
-    g = geometry(lanes)
-    s = State(g, LENGTHS, BUDGET, seed=seed)
-    layer, sink, recency, decay = 1, 1, 2, 0.7
+def test_pick_follows_the_rule(form, lanes, most, threshold, seed):
     # So there are 2 parts, 8, and once 128.
     longest = 2**16 if (lanes, most, threshold, seed) == (1, 4, 0.01, 1) else (1024, 4096)[seed]
-    scratch = ops.DemandScratch.empty(len(LENGTHS), most, len(s.sets.chunk), g, DEVICE, longest)
-    scratch.logits.copy_(torch.randn(scratch.logits.shape) * 3)
-    scratch.page.fill_(-7)
-    logits = scratch.logits.clone()
-    usage = s.sets.usage.clone()
-    sparse = [bool(on and length) for on, length in zip(BUDGET, LENGTHS, strict=True)]
-    before = [[s.read_lane(i, lane) if on else None for lane in range(2 * lanes)] for i, on in enumerate(sparse)]
-    pool, host = s.pools(torch.float32)
-    host.normal_()
-    ops.pick(
-        s.rows, s.sets, scratch, layer, g, pool, host,
-        sink=sink, recency=recency, threshold=threshold, decay=decay, block=64,
-    )  # fmt: skip
-    rule, total = Replacement(most, threshold, sink, recency), 0
-    per_lane = g.num_q_heads // lanes
-    for i, length in enumerate(LENGTHS):
-        if not (BUDGET[i] and length):
-            assert (scratch.slot[i] == -1).all()
-            continue
-        full = (length - 1) // 8
-        for local in range(lanes):
-            lane = layer * lanes + local
-            heads = [s.by_chunk(logits, i, h, full) for h in range(local * per_lane, (local + 1) * per_lane)]
-            mass = torch.from_numpy(np.stack(heads)).softmax(-1).mean(0).numpy()
-            used = np.maximum(s.by_chunk(usage, i, lane, full) * decay, mass)
-            np.testing.assert_allclose(s.by_chunk(s.sets.usage, i, lane, full), used, rtol=1e-5)
-            chunks, slots, owned = before[i][lane]
-            cap = int(s.sets.caps[int(s.rows.state[i]), lane])
-            order = np.append(chunks[-1:], chunks[:-1])  # the rule has the tail first
-            leaving, picked = rule.choose(order, mass, used, cap)
-            left = order[leaving]
-            got, got_slots, got_owned = s.read_lane(i, lane)
-            assert got[-1] == full and got_slots[-1] == slots[-1]
-            assert set(got) == set(chunks) - set(left) | set(picked) and len(got) == len(set(got))
-            assert sorted(got_owned) == sorted(owned)
-            slot_of = dict(zip(got, got_slots, strict=True))
-            for chunk, slot in zip(chunks, slots, strict=True):
-                assert chunk in left or slot_of[chunk] == slot
-            copied = scratch.slot[i, local].cpu().numpy()
-            assert (copied[: len(picked)] == [slot_of[c] for c in picked]).all() and (copied[len(picked) :] == -1).all()
-            assert (scratch.page[i, local].cpu().numpy()[: len(picked)] == s.page(i, picked, lane)).all()
-            assert torch.equal(pool[copied[: len(picked)]].cpu(), host[s.page(i, picked, lane)])
-            pool[copied[: len(picked)]] = float("nan")
-            held = s.by_chunk(s.sets.held, i, lane, full + 1)
-            assert (held == np.isin(np.arange(full + 1), got)).all()
-            total += len(picked)
-        for lane in range(lanes):  # the other layer is as it was
-            assert all((a == b).all() for a, b in zip(s.read_lane(i, lane), before[i][lane], strict=True))
-    assert int(scratch.demanded) == total
-    assert pool.isnan().all()  # and nothing else was copied
+    case = Case(geometry(lanes), LENGTHS, BUDGET, most, threshold, seed, longest)
+    case.check(lambda: case.pick(form))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("spare", [-4, -1, 0, 5])
+def test_of_equals_the_lowest_entry_leaves_and_the_oldest_chunk_comes(form, spare):
+    case = Case(geometry(3), LENGTHS, BUDGET, 4, 0.0, max_chunks=4096, spare=5).with_ties().with_caps(spare)
+    came, gone = case.check(lambda: case.pick(form))
+    assert came and bool(gone) == (spare < 5)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="the CUDA kernel runs on a GPU")
+@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("most", [1, 3, 8, 32])
+@pytest.mark.parametrize("spare", [-3, 0, 2])
+def test_both_forms_of_pick_do_the_same(lanes, most, spare):
+    """From the same state, at the lengths that are served too; the last one has wide clusters."""
+    lengths = [5000, 0, 70000, 9, 640, 300000]
+    results = []
+    for form in FORMS:
+        g = geometry(lanes, block=16, chunk=8, dim=16)
+        case = Case(g, lengths, [True] * 6, most, 1e-5, most, max_chunks=40000, spare=3).with_caps(spare)
+        case.pick(form)
+        s = case.state.sets
+        results.append((case.scratch.page, case.scratch.slot, s.counts, s.chunk, s.slot, s.held, s.usage, case.pool))
+    for triton, cuda in zip(*results, strict=True):
+        torch.testing.assert_close(triton, cuda, rtol=1e-4, atol=0, equal_nan=True)
+    assert (results[0][1] >= 0).any()
 
 
 def test_advance_gives_a_new_chunk_to_every_lane():

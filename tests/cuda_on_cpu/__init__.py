@@ -27,9 +27,10 @@ def library() -> ctypes.CDLL:
         return cuda_native.load(target)
 
 
-def set_device(memory: torch.Tensor | None, multiprocessors: int, order: int = 0) -> None:
-    """Where kernels may copy from asynchronously: the tensor's whole storage."""
+def set_device(memory: torch.Tensor | None, multiprocessors: int, order: int = 0, wide: bool = True) -> None:
+    """memory: where kernels may copy from asynchronously is the tensor's whole storage. wide: with clusters of 16."""
     storage = None if memory is None else memory.untyped_storage()
     begin, end = (storage.data_ptr(), storage.data_ptr() + storage.nbytes()) if storage else (None, None)
     library().cpu_set(ctypes.c_void_p(begin), ctypes.c_void_p(end), multiprocessors)
     library().cpu_order(order)
+    library().cpu_wide(wide)

@@ -1,10 +1,10 @@
 // What csrc/cuda/device.cuh and CUDA itself have for kernels, on a CPU: for tests of the arithmetic, not of races.
 //
-// A block's threads are fibers, and so are those of a cluster's blocks. A warp's run, in an order that can be set, as far
-// as they get without the others, then come the next warp's. Asynchronous copies arrive when they are awaited and not
-// before, shared memory begins with rubbish, what lies outside of it and what is left of a block that has ended must not
-// be written, copies from outside of the memory that was named are refused, and a barrier that some thread never reaches
-// ends the program. One kernel runs at a time.
+// A block's threads are fibers, and so are those of a cluster's blocks. A warp's run, in an order that can be set, as
+// far as they get without the others, then come the next warp's. Asynchronous copies arrive when they are awaited and
+// not before, shared memory begins with rubbish, what lies outside of it and what is left of a block that has ended must
+// not be written, copies from outside of the memory that was named are refused, and a barrier that some thread never
+// reaches ends the program. One kernel runs at a time.
 #define LSA_CUDA_DEVICE  // in the place of csrc/cuda/device.cuh
 #undef _FORTIFY_SOURCE   // it takes jumps to another stack for errors
 
@@ -111,6 +111,7 @@ alignas(1024) inline uint8_t memories[kMostBlocks][kMemory];  // shared
 inline uint8_t* memory = memories[0];                         // of the block that runs
 inline const uint8_t *source_begin, *source_end;
 inline int multiprocessors = 1;
+inline bool wide;  // whether the device, which has another number then, has clusters of more than 8 blocks
 inline unsigned order;  // of warps and lanes: 0 rising, 1 falling, else a new random one each time
 
 inline bool is_all(const uint8_t* p, size_t n, uint8_t x) { return !n || (*p == x && !std::memcmp(p, p + 1, n - 1)); }
@@ -364,7 +365,7 @@ enum { cudaFuncAttributePreferredSharedMemoryCarveout, cudaFuncAttributeMaxDynam
 enum { cudaSharedmemCarveoutMaxShared = 100 };
 struct cudaFuncAttributes { size_t sharedSizeBytes; };
 inline const char* cudaGetErrorString(cudaError_t) { return "an error of the kernel's launch"; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = cpu::wide, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, int which, int) {
   *value = which == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 << 10
            : which == cudaDevAttrMultiProcessorCount        ? cpu::multiprocessors
@@ -452,12 +453,13 @@ cudaError_t launch_clusters(void (*kernel)(Arguments...), dim3 grid, int threads
 }
 template <typename Kernel>
 bool has_clusters(Kernel, int, int, int cluster) {
-  return cluster <= cpu::kMostBlocks;
+  return cluster <= (cpu::wide ? cpu::kMostBlocks : 8);
 }
 
 }  // namespace lsa::device
 
-// Where kernels may copy from, among how many multiprocessors they share their work, and in which order threads run.
+// Where kernels may copy from, among how many multiprocessors they share their work, in which order threads run, and
+// whether there are wide clusters.
 extern "C" {
 __attribute__((visibility("default"), used)) inline void cpu_set(const uint8_t* begin, const uint8_t* end, int count) {
   cpu::source_begin = begin;
@@ -465,4 +467,5 @@ __attribute__((visibility("default"), used)) inline void cpu_set(const uint8_t* 
   cpu::multiprocessors = count;
 }
 __attribute__((visibility("default"), used)) inline void cpu_order(unsigned order) { cpu::order = order; }
+__attribute__((visibility("default"), used)) inline void cpu_wide(bool wide) { cpu::wide = wide; }
 }

@@ -1,0 +1,126 @@
+"""Demand of a step's rows against the rule, for every form of its kernels."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from tests.device_state import State
+from tests.kernels import DEVICE
+from vllm_lsa.device.state import PAGE
+from vllm_lsa.memory.geometry import KVGeometry
+from vllm_lsa.ops import resident_rows as ops
+from vllm_lsa.residency.replacement import Replacement
+
+FORMS = ["triton", "cuda"] if DEVICE.type == "cuda" else ["triton"]
+"""What `pick` runs here; test_demand_on_cpu.py has the CUDA kernel where there is no GPU."""
+LAYER, DECAY = 1, 0.7
+
+
+class Case:
+    """Rows with random scores. most, threshold, sink, recency: see `Replacement`. max_chunks: that scratch is for."""
+
+    def __init__(
+        self, geometry: KVGeometry, lengths: list[int], budget: list[bool], most: int, threshold: float, seed: int = 0,
+        max_chunks: int = 1024, sink: int = 1, recency: int = 2, spare: int = 3,
+    ) -> None:  # fmt: skip
+        g = self.geometry = geometry
+        self.state = State(g, lengths, budget, seed=seed, spare=spare)
+        self.rule = Replacement(most, threshold, sink, recency)
+        self.scratch = ops.DemandScratch.empty(len(lengths), most, len(self.state.sets.chunk), g, DEVICE, max_chunks)
+        random = torch.Generator().manual_seed(seed)
+        self.scratch.logits.copy_(torch.randn(self.scratch.logits.shape, generator=random) * 3)
+        self.scratch.page.fill_(-7)
+        self.pool, self.host = self.state.pools(g.dtype)
+        self.host.copy_(torch.randn(self.host.shape, generator=random))
+
+    @property
+    def sparse(self) -> list[int]:
+        """Rows on a budget."""
+        return [i for i, length in enumerate(self.state.lengths) if self.state.budget[i] and length]
+
+    def options(self) -> dict[str, int | float]:
+        rule = self.rule
+        return dict(sink=rule.sink, recency=rule.recency, threshold=rule.threshold, decay=DECAY)
+
+    def arguments(self) -> tuple:
+        """What `pick` and `demand_arguments` begin with."""
+        return self.state.rows, self.state.sets, self.scratch, LAYER, self.geometry, self.pool, self.host
+
+    def pick(self, form: ops.Form) -> None:
+        ops.pick(*self.arguments(), **self.options(), block=64, form=form)
+
+    def choose(self, chunks: np.ndarray, mass: np.ndarray, used: np.ndarray, cap: int) -> tuple[np.ndarray, np.ndarray]:
+        """(chunks that leave, chunks that come), as the rule has it, but that kernels let go of one more than `most` at
+        a time, and that of equals the lowest entry leaves and the oldest chunk comes.
+        """
+        rule, tail = self.rule, chunks[-1]
+        wanted = np.setdiff1d(np.flatnonzero(mass > rule.threshold), chunks)
+        picked = wanted[np.argsort(-mass[wanted], kind="stable")][: rule.most]
+        over = max(0, len(chunks) + len(picked) - cap)
+        may = chunks[:-1][(chunks[:-1] >= rule.sink) & (chunks[:-1] < tail - rule.recency)]
+        left = may[np.argsort(used[may], kind="stable")][: min(over, rule.most + 1)]
+        picked = picked[: max(0, len(picked) - (over - len(left)))]
+        if over <= rule.most + 1:
+            order = np.append(tail, chunks[:-1])  # the rule has the tail first
+            entries, its_picked = rule.choose(order, mass, used, cap)
+            np.testing.assert_array_equal(np.sort(used[order[entries]]), np.sort(used[left]))
+            np.testing.assert_array_equal(mass[its_picked], mass[picked])
+        return left, picked
+
+    def check(self, pick: Callable[[], None]) -> tuple[int, int]:
+        """Calls `pick`; compares all that it must change, and must not. Returns how many chunks came, and left."""
+        s, g, scratch = self.state, self.geometry, self.scratch
+        lanes, per_lane = g.layer_lanes, g.num_q_heads // g.layer_lanes
+        logits, usage = scratch.logits.clone(), s.sets.usage.clone()
+        before = {(i, lane): s.read_lane(i, lane) for i in self.sparse for lane in range(2 * lanes)}
+        pick()
+        came = gone = 0
+        for i in range(len(s.lengths)):
+            if i not in self.sparse:
+                assert (scratch.slot[i] == -1).all()
+                continue
+            full = (s.lengths[i] - 1) // g.chunk_tokens
+            for local in range(lanes):
+                lane = LAYER * lanes + local
+                heads = [s.by_chunk(logits, i, h, full) for h in range(local * per_lane, (local + 1) * per_lane)]
+                mass = torch.from_numpy(np.stack(heads)).double().softmax(-1).mean(0).float().numpy()
+                used = np.maximum(s.by_chunk(usage, i, lane, full) * np.float32(DECAY), mass)
+                np.testing.assert_allclose(s.by_chunk(s.sets.usage, i, lane, full), used, rtol=1e-5)
+                chunks, slots, owned = before[i, lane]
+                left, picked = self.choose(chunks, mass, used, int(s.sets.caps[int(s.rows.state[i]), lane]))
+                got, got_slots, got_owned = s.read_lane(i, lane)
+                assert got[-1] == full and got_slots[-1] == slots[-1]
+                assert set(got) == set(chunks) - set(left) | set(picked) and len(got) == len(set(got))
+                assert sorted(got_owned) == sorted(owned)
+                slot_of = dict(zip(got, got_slots, strict=True))
+                gone_chunks = set(left)
+                for chunk, slot in zip(chunks, slots, strict=True):
+                    assert chunk in gone_chunks or slot_of[chunk] == slot
+                copied, count = scratch.slot[i, local].cpu().numpy(), len(picked)
+                assert (copied[:count] == [slot_of[c] for c in picked]).all() and (copied[count:] == -1).all()
+                assert (scratch.page[i, local].cpu().numpy()[:count] == s.page(i, picked, lane)).all()
+                assert torch.equal(self.pool[copied[:count]].cpu(), self.host[s.page(i, picked, lane)])
+                self.pool[copied[:count]] = float("nan")
+                held = s.by_chunk(s.sets.held, i, lane, full + 1)
+                assert (held == np.isin(np.arange(full + 1), got)).all()
+                came, gone = came + count, gone + len(left)
+            for lane in range(lanes):  # the other layer is as it was
+                assert all((a == b).all() for a, b in zip(s.read_lane(i, lane), before[i, lane], strict=True))
+        assert int(scratch.demanded) == came
+        assert self.pool.isnan().all()  # and nothing else was copied
+        return came, gone
+
+    def with_ties(self) -> "Case":
+        """Few numbers are scores, and usage, the same for all heads: most masses and usages have their equals."""
+        random, usage = np.random.default_rng(5), self.state.sets.usage
+        scores = random.integers(0, 3, (len(self.scratch.logits), 1, PAGE))
+        self.scratch.logits.copy_(self.state.put(scores.astype(np.float32)))
+        few = self.state.put(random.choice(np.float32([0.0, 0.3, 0.6]), tuple(usage.shape)))
+        usage.copy_(torch.where(usage.isnan(), usage, few))
+        return self
+
+    def with_caps(self, spare: int) -> "Case":
+        """Lanes may hold so many more chunks than they do, or fewer."""
+        self.state.sets.caps.copy_(self.state.sets.counts + spare)
+        return self
