@@ -120,7 +120,9 @@ class Case:
         usage.copy_(torch.where(usage.isnan(), usage, few))
         return self
 
-    def with_caps(self, spare: int) -> "Case":
-        """Lanes may hold so many more chunks than they do, or fewer."""
-        self.state.sets.caps.copy_(self.state.sets.counts + spare)
+    def with_caps(self, least: int, most: int | None = None) -> "Case":
+        """Lanes may hold so many more chunks than they do, or fewer: the same for all, or at random."""
+        counts = self.state.sets.counts
+        spare = np.random.default_rng(3).integers(least, (least if most is None else most) + 1, tuple(counts.shape))
+        self.state.sets.caps.copy_(counts + self.state.put(spare.astype(np.int32)))
         return self

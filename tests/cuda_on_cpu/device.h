@@ -2,7 +2,7 @@
 //
 // A block's threads are fibers, and so are those of a cluster's blocks. A warp's run, in an order that can be set, as
 // far as they get without the others, then come the next warp's. Asynchronous copies arrive when they are awaited and
-// not before, shared memory begins with rubbish, what lies outside of it and what is left of a block that has ended must
+// not before, shared memory begins with rubbish, what lies past its end and what is left of a block that has ended must
 // not be written, copies from outside of the memory that was named are refused, and a barrier that some thread never
 // reaches ends the program. One kernel runs at a time.
 #define LSA_CUDA_DEVICE  // in the place of csrc/cuda/device.cuh
@@ -22,6 +22,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <string>
 #include <vector>
 
 #define __device__
@@ -112,7 +113,8 @@ inline uint8_t* memory = memories[0];                         // of the block th
 inline const uint8_t *source_begin, *source_end;
 inline int multiprocessors = 1;
 inline bool wide;  // whether the device, which has another number then, has clusters of more than 8 blocks
-inline unsigned order;  // of warps and lanes: 0 rising, 1 falling, else a new random one each time
+inline unsigned order;  // of warps and lanes: 0 rising, 1 falling, else a new random one each time, of that seed
+inline std::mt19937 random;
 
 inline bool is_all(const uint8_t* p, size_t n, uint8_t x) { return !n || (*p == x && !std::memcmp(p, p + 1, n - 1)); }
 
@@ -174,14 +176,10 @@ inline bool run_thread(int which) {
   return true;
 }
 
-inline void sort_out(std::vector<int>& numbers) {
-  static std::mt19937 random;
+inline void put_in_order(std::vector<int>& numbers) {
   std::iota(numbers.begin(), numbers.end(), 0);
   if (order == 1) std::reverse(numbers.begin(), numbers.end());
-  if (order > 1) {
-    random.seed(random() ^ order);
-    std::shuffle(numbers.begin(), numbers.end(), random);
-  }
+  if (order > 1) std::shuffle(numbers.begin(), numbers.end(), random);
 }
 
 // Blocks of a cluster, from this one on.
@@ -206,8 +204,8 @@ inline void run_cluster(dim3 first) {
   };
   while (!ended()) {
     bool any = false;
-    sort_out(warps);
-    sort_out(lanes);
+    put_in_order(warps);
+    put_in_order(lanes);
     for (const int warp : warps)
       for (bool more = true; more; any |= more) {
         more = false;
@@ -466,6 +464,9 @@ __attribute__((visibility("default"), used)) inline void cpu_set(const uint8_t* 
   cpu::source_end = end;
   cpu::multiprocessors = count;
 }
-__attribute__((visibility("default"), used)) inline void cpu_order(unsigned order) { cpu::order = order; }
+__attribute__((visibility("default"), used)) inline void cpu_order(unsigned order) {
+  cpu::order = order;
+  cpu::random.seed(order);
+}
 __attribute__((visibility("default"), used)) inline void cpu_wide(bool wide) { cpu::wide = wide; }
 }
