@@ -14,18 +14,18 @@ namespace {
 
 using namespace device;
 
-constexpr int kCluster = 8;  // blocks: the most that every device with clusters has
-constexpr int kWideCluster = 16;  // where rows may be long and the device has it
-constexpr int kLongPages = 256;   // state pages of a row from which they are
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
-constexpr int kBlocks = 256;  // side by side: about what a device holds at a time
+// Blocks of a cluster, and their threads. Small ones begin sooner: the most that every device with clusters has; where
+// rows may be long and the device has it, more.
+constexpr int kCluster = 8, kThreads = 256;
+constexpr int kWideCluster = 16, kWideThreads = 1024;
+constexpr int kLongPages = 256;         // state pages of a row from which they are
+constexpr int kSideBySide = 512 * 256;  // threads: about what a device holds at a time
 constexpr int kStatePage = 64;
 constexpr int kMostHeads = 128;  // of a lane
 constexpr int kMostPicks = 32;   // a lane of a warp each
-constexpr int kAhead = 8;        // logits that a thread asks for at a time
-constexpr int kChunks = 4;       // chunks of a thread, and
-constexpr int kEntries = 4;      // entries of the lane's list, that are looked at before the scores are there
+constexpr int kAhead = 16;       // logits that a thread asks for at a time
+constexpr int kChunks = 4;       // and chunks
+constexpr int kEntries = 8;      // entries of the lane's list that a thread keeps in mind
 constexpr int kMostBytes = 48 << 10;  // of shared memory, without asking for more
 constexpr int kMostDevices = 64;
 constexpr uint64_t kNone = ~uint64_t(0);
@@ -52,8 +52,9 @@ struct Demand {
   float threshold, decay;
 };
 
-template <int C>
+template <int C, int T>
 struct Shared {
+  static constexpr int kWarps = T / 32;
   float2 stats[C][kMostHeads];  // of each block's units: the highest logit, and the sum beside that
   float2 weights[kMostHeads];          // of a head: the highest logit, and what its exponentials are multiplied by
   // Of the first block. What each warp of each block found: the chunk with most mass, and how many may come.
@@ -92,11 +93,12 @@ __device__ float2 together(float top, float total) {
 __device__ uint64_t by_mass(float mass, int chunk) { return uint64_t(__float_as_uint(mass)) << 32 | uint32_t(~chunk); }
 __device__ int chunk_of(uint64_t key) { return ~uint32_t(key); }
 
-// One row of `demand`, by the cluster of C blocks of a lane. All that it holds is the same for all of their threads.
-template <int C>
+// One row of `demand`, by the cluster of C blocks of T threads of a lane. All that it holds is the same for all of their threads.
+template <int C, int T>
 struct Lane {
+  static constexpr int kWarps = T / 32;
   const Demand& p;
-  Shared<C>& shared;
+  Shared<C, T>& shared;
   const int* const pages;  // of the row, in shared memory
   const int row, local, lane, heads, full, mine, count, cap;
 
@@ -112,7 +114,14 @@ struct Lane {
     const int each = ((full + C - 1) / C + kStatePage - 1) / kStatePage * kStatePage;
     return make_int2(min(int(rank) * each, full), min(int(rank + 1) * each, full));
   }
-  __device__ bool may_leave(int chunk) const { return (chunk >= p.sink) & (chunk < full - p.recency); }
+  // In the order of use, and of equals the lowest entry first; none for an entry whose chunk, -1 for none, must stay.
+  __device__ uint64_t key(int entry, int chunk) const {
+    const bool may = chunk >= p.sink && chunk < full - p.recency && chunk >= 0;
+    const int64_t where = at(may ? chunk : 0);
+    const float used = may ? p.usage[where] : 0;
+    const bool held = may && p.held[where] == 1;
+    return held ? uint64_t(__float_as_uint(used)) << 32 | uint32_t(entry) : kNone;
+  }
   __device__ int64_t host_page(int chunk) const {
     const int64_t block = p.block_table[row * p.table_stride + chunk / p.per_block];
     return (block * p.lanes + lane) * p.per_block + chunk % p.per_block;
@@ -170,23 +179,24 @@ struct Lane {
     return sum;
   }
 
-  // Strikes the least used of the entries that may leave off the list of what is held, up to `most` of them.
-  // known: the chunks of the thread's first entries, -1 for those that may not leave. By all of the first block.
-  __device__ int leave(int most, int (&known)[kEntries]) const {
+  // Strikes the least used of the entries that may leave off the list of what is held, up to `most` of them. By all of
+  // the first block, whose threads keep the order of their first entries in mind.
+  __device__ int leave(int most) const {
+    int chunks[kEntries];
+    uint64_t keys[kEntries];
+#pragma unroll
+    for (int k = 0; k < kEntries; k++) {
+      const int entry = threadIdx.x + k * T;
+      chunks[k] = entry < count - 1 ? p.entry_chunk[at(entry)] : -1;
+    }
+#pragma unroll
+    for (int k = 0; k < kEntries; k++) keys[k] = key(threadIdx.x + k * T, chunks[k]);
     const auto own = [&] {
       uint64_t least = kNone;
-      float used[kEntries];
 #pragma unroll
-      for (int k = 0; k < kEntries; k++) used[k] = known[k] >= 0 ? p.usage[at(known[k])] : 0;
-#pragma unroll
-      for (int k = 0; k < kEntries; k++)
-        if (known[k] >= 0)
-          least = min(least, uint64_t(__float_as_uint(used[k])) << 32 | uint32_t(threadIdx.x + k * kThreads));
-      for (int entry = threadIdx.x + kEntries * kThreads; entry < count - 1; entry += kThreads) {
-        const int chunk = p.entry_chunk[at(entry)];
-        if (may_leave(chunk) && p.held[at(chunk)] == 1)
-          least = min(least, uint64_t(__float_as_uint(p.usage[at(chunk)])) << 32 | uint32_t(entry));
-      }
+      for (int k = 0; k < kEntries; k++) least = min(least, keys[k]);
+      for (int entry = threadIdx.x + kEntries * T; entry < count - 1; entry += T)
+        least = min(least, key(entry, p.entry_chunk[at(entry)]));
       return least;
     };
     int leaving = 0;
@@ -200,12 +210,13 @@ struct Lane {
       for (int i = 1; i < kWarps; i++) first = min(first, all[i]);
       if (first == kNone) break;
       const int entry = int(uint32_t(first));
-      if (entry % kThreads == int(threadIdx.x)) {
+      if (entry % T == int(threadIdx.x)) {
         shared.victims[leaving] = entry;
-        p.held[at(p.entry_chunk[at(entry)])] = 0;
+        int chunk = -1;
 #pragma unroll
         for (int k = 0; k < kEntries; k++)
-          if (entry / kThreads == k) known[k] = -1;
+          if (entry / T == k) keys[k] = kNone, chunk = chunks[k];
+        p.held[at(chunk < 0 ? p.entry_chunk[at(entry)] : chunk)] = 0;
         least = own();
       }
       leaving++;
@@ -213,42 +224,40 @@ struct Lane {
     return leaving;
   }
 
-  // Finds those with most mass, by the first warp of the first block: a lane of it has its share of what all warps found.
+  // Finds those with most mass, by the first warp of the first block, of what all warps of all blocks found: every lane
+  // has some of those.
   __device__ void choose(int picks) const {
-    constexpr int kEach = C * kWarps / 32;
     const int self = threadIdx.x % 32;
-    uint64_t best[kEach];
-#pragma unroll
-    for (int k = 0; k < kEach; k++) best[k] = shared.best[32 * k + self];
     for (int step = 0; step < picks; step++) {
       uint64_t own = 0;
+      int part = 0;
 #pragma unroll
-      for (int k = 0; k < kEach; k++) own = max(own, best[k]);
+      for (int i = self; i < C * kWarps; i += 32) {
+        const uint64_t best = shared.best[i];
+        if (best > own) own = best, part = i;
+      }
       const uint64_t first = highest(own);
       const int pick = chunk_of(first);
+      part = __reduce_max_sync(~0u, own == first ? part : -1);
       if (!self) {
         shared.picked[step] = pick;
         p.held[at(pick)] = 1;
         *logits(pick) = -1;
+        shared.best[part] = 0;
+        shared.wanted[part]--;
       }
       __syncwarp();
-      if (step + 1 == picks) break;
+      if (step + 1 == picks || !shared.wanted[part]) continue;
       // The warp that found it has another best one now.
-      int part = -1;
-#pragma unroll
-      for (int k = 0; k < kEach; k++)
-        if (best[k] == first) part = 32 * k + self;
-      part = __reduce_max_sync(~0u, part);
       const int2 its = range(part / kWarps);
       uint64_t next = 0;
-      for (int chunk = its.x + part % kWarps * 32 + self; chunk < its.y; chunk += kThreads) {
+      for (int chunk = its.x + part % kWarps * 32 + self; chunk < its.y; chunk += T) {
         const float mass = *logits(chunk);
         if (mass > 0) next = max(next, by_mass(mass, chunk));
       }
       next = highest(next);
-#pragma unroll
-      for (int k = 0; k < kEach; k++)
-        if (32 * k + self == part) best[k] = next;
+      if (!self) shared.best[part] = next;
+      __syncwarp();
     }
   }
 
@@ -299,7 +308,7 @@ struct Lane {
   __device__ void copy(int picks) const {
     const int vectors = int(p.page_bytes / 16);
 #pragma unroll 4
-    for (int i = threadIdx.x; i < picks * vectors; i += kThreads) {
+    for (int i = threadIdx.x; i < picks * vectors; i += T) {
       const int item = i / vectors, vector = i - item * vectors, slot = shared.slot[item];
       const uint8_t* const from = p.pool + p.host_delta + shared.page[item] * p.page_bytes;
       if (slot >= 0)
@@ -309,9 +318,10 @@ struct Lane {
 };
 
 // Grid (blocks of a cluster, lanes of the layer, rows side by side).
-template <int C>
-__global__ void __launch_bounds__(kThreads, 2) demand(Demand p) {
-  Shared<C>& shared = *dynamic_shared<Shared<C>>();
+template <int C, int T>
+__global__ void __launch_bounds__(T, T > 768 ? 1 : 768 / T) demand(Demand p) {
+  constexpr int kWarps = T / 32;
+  Shared<C, T>& shared = *dynamic_shared<Shared<C, T>>();
   int* const pages = reinterpret_cast<int*>(&shared + 1);
   const unsigned rank = cluster_rank();
   const int self = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -323,40 +333,28 @@ __global__ void __launch_bounds__(kThreads, 2) demand(Demand p) {
     const int length = p.length[row], mine = p.state[row];
     const bool works = (length > 0) & (mine >= 0);
     const int64_t of_lane = int64_t(works ? mine : 0) * p.lanes + lane;
-    const Lane<C> it{p, shared, pages, row, local, lane, heads, works ? (length - 1) / p.chunk : 0, mine,
+    const Lane<C, T> it{p, shared, pages, row, local, lane, heads, works ? (length - 1) / p.chunk : 0, mine,
                   works ? p.counts[of_lane] : 0, works ? p.caps[of_lane] : 0};
     const int2 range = it.range(rank);
-    // Older than the kernels of this layer, and read before they have ended: the pages, what the block's chunks were
-    // used and whether they are held, and, where some may have to leave, whose turn it could be.
+    // Older than the kernels of this layer, and asked for before the scores are there: the pages, and what the block's
+    // chunks were used and whether they are held.
     float used[kChunks];
-    bool absent[kChunks];
-    int known[kEntries];
+    uint8_t held[kChunks];
     const auto look = [&](int begin) {
 #pragma unroll
       for (int k = 0; k < kChunks; k++) {
-        const int chunk = begin + k * kThreads;
-        const bool real = chunk < range.y;
-        used[k] = real ? p.usage[it.at(chunk)] : 0;
-        absent[k] = real && !p.held[it.at(chunk)];
+        const int chunk = begin + k * T;
+        used[k] = chunk < range.y ? p.usage[it.at(chunk)] : 0;
+        held[k] = chunk < range.y ? p.held[it.at(chunk)] : 1;
       }
     };
     if (works) {
       // The tail's entry may become the one after it.
       const int most = max(it.full, it.count) / kStatePage + 1;
-      for (int i = threadIdx.x; i < min(most, int(p.pages_stride)); i += kThreads)
+      for (int i = threadIdx.x; i < min(most, int(p.pages_stride)); i += T)
         pages[i] = p.pages[mine * p.pages_stride + i];
       __syncthreads();
       look(range.x + threadIdx.x);
-      if (!rank) {
-#pragma unroll
-        for (int k = 0; k < kEntries; k++) {
-          const int entry = threadIdx.x + k * kThreads;
-          known[k] = it.count + p.most > it.cap && entry < it.count - 1 ? p.entry_chunk[it.at(entry)] : -1;
-        }
-#pragma unroll
-        for (int k = 0; k < kEntries; k++)
-          if (known[k] >= 0 && !(it.may_leave(known[k]) && p.held[it.at(known[k])] == 1)) known[k] = -1;
-      }
     }
     if (first_row) {
       cluster_await();  // all blocks have begun
@@ -375,20 +373,20 @@ __global__ void __launch_bounds__(kThreads, 2) demand(Demand p) {
     __syncthreads();
     int wanted = 0;
     uint64_t best = 0;
-    for (int begin = range.x + threadIdx.x; begin - int(threadIdx.x) < range.y; begin += kChunks * kThreads) {
+    for (int begin = range.x + threadIdx.x; begin - int(threadIdx.x) < range.y; begin += kChunks * T) {
       if (begin != range.x + int(threadIdx.x)) look(begin);
       float mass[kChunks];
 #pragma unroll
       for (int k = 0; k < kChunks; k++) {
-        const int chunk = begin + k * kThreads;
+        const int chunk = begin + k * T;
         mass[k] = chunk < range.y ? it.mass(it.logits(chunk)) : 0;
       }
 #pragma unroll
       for (int k = 0; k < kChunks; k++) {
-        const int chunk = begin + k * kThreads;
+        const int chunk = begin + k * T;
         if (chunk >= range.y) continue;
         p.usage[it.at(chunk)] = fmaxf(used[k] * p.decay, mass[k]);
-        const bool comes = absent[k] && mass[k] > p.threshold;
+        const bool comes = !held[k] && mass[k] > p.threshold;
         *it.logits(chunk) = comes ? mass[k] : -1;
         wanted += comes;
         if (comes) best = max(best, by_mass(mass[k], chunk));
@@ -410,7 +408,7 @@ __global__ void __launch_bounds__(kThreads, 2) demand(Demand p) {
     int picks = min(wanted, p.most);
     const int over = it.count + picks - it.cap;
     if (!picks && over <= 0) continue;
-    const int leaving = over > 0 ? it.leave(min(over, p.most + 1), known) : 0;
+    const int leaving = over > 0 ? it.leave(min(over, p.most + 1)) : 0;
     picks = max(picks - max(over - leaving, 0), 0);
     __syncthreads();
     if (!warp) {
@@ -422,17 +420,17 @@ __global__ void __launch_bounds__(kThreads, 2) demand(Demand p) {
   }
 }
 
-template <int C>
+template <int C, int T>
 int64_t shared_bytes(const Demand& p) {
-  return int64_t(sizeof(Shared<C>)) + p.pages_stride * int64_t(sizeof(int));
+  return int64_t(sizeof(Shared<C, T>)) + p.pages_stride * int64_t(sizeof(int));
 }
 
-template <int C>
+template <int C, int T>
 cudaError_t launch(const Demand& p, cudaStream_t stream) {
-  const int64_t bytes = shared_bytes<C>(p);
+  const int64_t bytes = shared_bytes<C, T>(p);
   if (p.q_heads / p.layer_lanes > kMostHeads || p.most > kMostPicks || bytes > kMostBytes) return cudaErrorInvalidValue;
-  const dim3 grid(C, p.layer_lanes, min(p.n, max(1, kBlocks / C / p.layer_lanes)));
-  return launch_clusters(demand<C>, grid, kThreads, int(bytes), C, stream, p);
+  const dim3 grid(C, p.layer_lanes, min(p.n, max(1, kSideBySide / T / C / p.layer_lanes)));
+  return launch_clusters(demand<C, T>, grid, T, int(bytes), C, stream, p);
 }
 
 // Whether the device has room for a cluster of more than 8 blocks: found out once.
@@ -440,7 +438,8 @@ bool has_wide_clusters() {
   static int known[kMostDevices];
   int device;
   if (cudaGetDevice(&device) || device >= kMostDevices) return false;
-  if (!known[device]) known[device] = has_clusters(demand<kWideCluster>, kThreads, kMostBytes, kWideCluster) ? 1 : -1;
+  const auto kernel = demand<kWideCluster, kWideThreads>;
+  if (!known[device]) known[device] = has_clusters(kernel, kWideThreads, kMostBytes, kWideCluster) ? 1 : -1;
   return known[device] > 0;
 }
 
@@ -461,6 +460,7 @@ LSA_EXPORT int lsa_demand(const int* length, const int* state, const int* block_
                     held, usage, logits, fetch_page, fetch_slot, demanded, pool, host_delta, page_bytes, n, layer_lanes,
                     lanes, lane_first, q_heads, chunk, per_block, most, sink, recency, threshold, decay};
   const auto on = static_cast<cudaStream_t>(stream);
-  const bool wide = pages_stride >= kLongPages && shared_bytes<kWideCluster>(p) <= kMostBytes && has_wide_clusters();
-  return wide ? launch<kWideCluster>(p, on) : launch<kCluster>(p, on);
+  const bool fits = shared_bytes<kWideCluster, kWideThreads>(p) <= kMostBytes;
+  if (pages_stride >= kLongPages && fits && has_wide_clusters()) return launch<kWideCluster, kWideThreads>(p, on);
+  return launch<kCluster, kThreads>(p, on);
 }
