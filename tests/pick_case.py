@@ -112,10 +112,10 @@ class Case:
         return came, gone
 
     def with_ties(self) -> "Case":
-        """Few numbers are scores, and usage, the same for all heads: most masses and usages have their equals."""
+        """Few numbers are scores, and usage, the same for all heads: masses and usages have equals, and some are 0."""
         random, usage = np.random.default_rng(5), self.state.sets.usage
-        scores = random.integers(0, 3, (len(self.scratch.logits), 1, PAGE))
-        self.scratch.logits.copy_(self.state.put(scores.astype(np.float32)))
+        scores = random.choice(np.float32([-1000, 0, 1, 2]), (len(self.scratch.logits), 1, PAGE))
+        self.scratch.logits.copy_(self.state.put(scores))
         few = self.state.put(random.choice(np.float32([0.0, 0.3, 0.6]), tuple(usage.shape)))
         usage.copy_(torch.where(usage.isnan(), usage, few))
         return self
