@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.cuda_on_cpu import ORDERS, library, set_device
+from tests.device_state import NONSENSE
 from tests.kernels import DEVICE
 from tests.pick_case import Case
 from tests.test_ops_resident_rows import BUDGET, LENGTHS, geometry
@@ -23,6 +24,13 @@ def check(case: Case, order: int = 0, wide: bool = True) -> tuple[int, int]:
         assert not library().lsa_demand(*demand_arguments(*case.arguments(), **case.options()), None)
 
     return case.check(pick)
+
+
+def room_for(case: Case, pages: int) -> Case:
+    """The same where rows may have so many state pages, which is what the width of clusters goes by."""
+    sets = case.state.sets
+    sets.pages = torch.nn.functional.pad(sets.pages, (0, max(0, pages - sets.pages.shape[1])), value=NONSENSE)
+    return case
 
 
 @pytest.mark.parametrize("lanes", [1, 3])
@@ -43,7 +51,7 @@ def test_heads_of_a_lane(lanes, heads, order):
 
 
 # A row's chunks, or its entries, are more than threads hold at a time; clusters are wide from 16384 chunks on.
-@pytest.mark.parametrize("length, wide", [(9000, False), (16383, True), (16500, True), (36000, True), (36000, False)])
+@pytest.mark.parametrize("length, wide", [(9000, False), (16383, True), (16500, True), (70000, True), (36000, False)])
 @pytest.mark.parametrize("lanes", [1, 3])
 def test_long_rows(length, wide, lanes):
     g = geometry(lanes, block=2, chunk=1, dim=8)
@@ -63,12 +71,13 @@ def test_caps(spare, threshold, order):
     assert bool(came) == (threshold < 1 and spare >= -3) and bool(gone) == (spare < 0 or (threshold < 1 and spare < 4))
 
 
+@pytest.mark.parametrize("rows, pages", [(70, 1), (20, 256)], ids=["", "wide-clusters"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_more_rows_than_run_side_by_side(order):
+def test_more_rows_than_run_side_by_side(rows, pages, order):
     """With few entries each, so that some of those that come are moved at once to where others leave."""
-    lengths = [(37 * i) % 200 for i in range(70)]
-    case = Case(geometry(1), lengths, [i % 5 != 2 for i in range(70)], 3, 0.0).with_caps(-3, 3)
-    assert all(check(case, order))
+    lengths = [(37 * i) % 200 for i in range(rows)]
+    case = Case(geometry(1), lengths, [i % 5 != 2 for i in range(rows)], 3, 0.0).with_caps(-3, 3)
+    assert all(check(room_for(case, pages), order))
 
 
 @pytest.mark.parametrize("spare", [-4, -1, 0, 5])
@@ -82,6 +91,4 @@ def test_most_that_the_kernel_takes():
     g = dataclasses.replace(geometry(1, heads=1, dim=8), num_q_heads=CUDA_HEADS)
     for wide in (False, True):
         case = Case(g, [3000, 50], [True, True], CUDA_MOST, 0.0, spare=40).with_caps(0)
-        pages = case.state.sets.pages
-        case.state.sets.pages = torch.cat([pages, pages.new_full((len(pages), CUDA_PAGES - pages.shape[1]), 2**30)], 1)
-        check(case, 0, wide)
+        check(room_for(case, CUDA_PAGES), 0, wide)
