@@ -156,6 +156,17 @@ def test_more_splits_than_tiles_and_short_rows_in_large_scratch():
     case.check(scratch, max_length=20)
 
 
+@pytest.mark.parametrize("dtype,dim", [(torch.bfloat16, 128), (torch.float16, 80)])
+@pytest.mark.parametrize("splits", [1, 3, 64])
+def test_the_form_of_16_bits_and_heads_of_up_to_128(dtype, dim, splits):
+    """64 splits are merged by parts of a head; 600 tokens fill three of them, and the longest row uneven ones."""
+    geometry = shape(dtype, dim, group=4)
+    config = dataclasses.replace(DecodeConfig.default(geometry), splits=splits)
+    assert (config.tile, config.warps, config.stages, config.per_sm) == (32, 1, 3, 4)
+    case = Case(geometry, [600, 1, 0, 2300, 900], [False, True, False, False, True], share=0.9, host_read=0.1)
+    case.check(DecodeScratch.empty(5, geometry, 4096, DEVICE, config))
+
+
 def test_rising_scores():
     case = Case(shape(), [700], [False])
     case.q *= torch.linspace(1, 20, case.q.shape[1], device=DEVICE).view(1, -1, 1)
@@ -172,15 +183,17 @@ def test_cpu_without_interpreter_runs_the_twin(monkeypatch, e4m3):
 def test_number_of_splits():
     geometry = dataclasses.replace(shape(torch.bfloat16, 128), num_q_heads=32, num_kv_heads=8, layer_lanes=8)
     config = DecodeConfig.default(geometry)
-    assert (config.tile, config.warps, config.stages, config.per_sm) == (64, 2, 3, 3)
-    # As many bytes under way, in tiles of as many tokens.
-    half = DecodeConfig.default(dataclasses.replace(geometry, dtype=torch.uint8))
-    assert half == dataclasses.replace(config, stages=5)
-    scratch = DecodeScratch(torch.empty(0), torch.empty(0), 256, 396, config)  # an H100: 132 · 3
-    assert scratch.splits(4, 8, 131072) == 12
-    assert scratch.splits(1, 8, 131072) == 47
+    assert (config.tile, config.warps, config.stages, config.per_sm) == (32, 1, 3, 4)
+    # As many bytes under way as in three programs of 64 KiB, in tiles of as many tokens as those would have.
+    half = DecodeConfig.default(dataclasses.replace(geometry, dtype=torch.uint8, model_dtype=torch.bfloat16))
+    assert (half.tile, half.warps, half.stages, half.per_sm) == (64, 2, 5, 3)
+    narrow = DecodeConfig.default(dataclasses.replace(geometry, head_dim=64))
+    assert (narrow.tile, narrow.warps, narrow.stages, narrow.per_sm) == (128, 4, 3, 3)
+    scratch = DecodeScratch(torch.empty(0), torch.empty(0), 256, 528, config)  # an H100: 132 · 4
+    assert scratch.splits(4, 8, 131072) == 16
+    assert scratch.splits(1, 8, 131072) == 61
     assert scratch.splits(1, 8, 100) == 1
-    assert scratch.splits(48, 8, 131072) == 1
+    assert scratch.splits(64, 8, 131072) == 1
     for n in (1, 3, 5, 17, 40, 100):
         by_length = [scratch.splits(n, 8, length) for length in (1, 512, 4096, 20000, 131072)]
         assert by_length == sorted(by_length), n

@@ -56,7 +56,7 @@ template <int C, int T>
 struct Shared {
   static constexpr int kWarps = T / 32;
   float2 stats[C][kMostHeads];  // of each block's units: the highest logit, and the sum beside that
-  float2 weights[kMostHeads];          // of a head: the highest logit, and what its exponentials are multiplied by
+  float2 weights[kMostHeads];   // of a head: the highest logit, and what its exponentials are multiplied by
   // Of the first block. What each warp of each block found: the chunk with most mass, and how many may come.
   uint64_t best[C * kWarps];
   int wanted[C * kWarps];
@@ -93,7 +93,7 @@ __device__ float2 together(float top, float total) {
 __device__ uint64_t by_mass(float mass, int chunk) { return uint64_t(__float_as_uint(mass)) << 32 | uint32_t(~chunk); }
 __device__ int chunk_of(uint64_t key) { return ~uint32_t(key); }
 
-// One row of `demand`, by the cluster of C blocks of T threads of a lane. All that it holds is the same for all of their threads.
+// One row of `demand`, by a lane's cluster of C blocks of T threads. All that it holds is the same for all of these.
 template <int C, int T>
 struct Lane {
   static constexpr int kWarps = T / 32;
@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(T, T > 768 ? 1 : 768 / T) demand(Demand p) {
     const bool works = (length > 0) & (mine >= 0);
     const int64_t of_lane = int64_t(works ? mine : 0) * p.lanes + lane;
     const Lane<C, T> it{p, shared, pages, row, local, lane, heads, works ? (length - 1) / p.chunk : 0, mine,
-                  works ? p.counts[of_lane] : 0, works ? p.caps[of_lane] : 0};
+                        works ? p.counts[of_lane] : 0, works ? p.caps[of_lane] : 0};
     const int2 range = it.range(rank);
     // Older than the kernels of this layer, and asked for before the scores are there: the pages, and what the block's
     // chunks were used and whether they are held.

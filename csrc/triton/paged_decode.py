@@ -50,6 +50,27 @@ def locate(
     return tl.where(slot >= 0, slot * PAGE_UNITS, host_delta + page * PAGE_UNITS)
 
 
+@triton.jit
+def divide(
+    tokens,
+    set_row,
+    counts,
+    lane,
+    splits,
+    LANES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+):
+    """Tokens that a row attends to in a lane, tiles of these, and the splits that have some: the first ones."""
+    budget = set_row >= 0
+    full = (tokens - 1) // CHUNK  # chunks before the tail
+    full = tl.where(budget, tl.load(counts + set_row.to(tl.int64) * LANES + lane, mask=budget, other=0) - 1, full)
+    total = full * CHUNK + (tokens - 1) % CHUNK + 1
+    tiles = (total + TILE - 1) // TILE
+    return total, tiles, tl.minimum(splits, (tiles + MIN_TILES - 1) // MIN_TILES)
+
+
 # Not specialised by what differs between layers: one compilation serves all of them, also during capture.
 @triton.jit(do_not_specialize=["layer", "host_delta", "splits"])
 def attend(
@@ -101,10 +122,11 @@ def attend(
 
     host_delta: from pool to the host pages in units of VECTOR elements, which are 16 bytes: so the compiler sees that
     every row of K and V is aligned. scale_log2: scale · log2(e) · that of the keys. v_factor: 1 / that of the values.
-    TILE: tokens of an iteration. MIN_TILES: least tiles of a split. DIRECT: there is one split, which writes `out`;
-    else `partial` and `lse` (base 2) are for `merge`. E4M3: pages are bytes of it, for devices that do not convert it;
-    to those that do, pages are e4m3 themselves. WIDEN: products of fp32 numbers, for Triton's interpreter, whose `dot`
-    takes bf16 for integers. STEADY: sets are as they were before the kernel right ahead.
+    TILE: tokens of an iteration. MIN_TILES: a row has at most one split for each so many tiles. DIRECT: there is one
+    split, which writes `out`; else `partial` and `lse` (base 2) are for `merge`. E4M3: pages are bytes of it, for
+    devices that do not convert it; to those that do, pages are e4m3 themselves. WIDEN: products of fp32 numbers, for
+    Triton's interpreter, whose `dot` takes bf16 for integers. STEADY: sets are as they were before the kernel right
+    ahead.
     """
     row = tl.program_id(0) // KV_HEADS
     head = tl.program_id(0) % KV_HEADS
@@ -123,13 +145,11 @@ def attend(
 
     budget = set_row >= 0
     lane = layer * (KV_HEADS // LANE_HEADS) + head // LANE_HEADS
-    full = (tokens - 1) // CHUNK  # chunks before the tail
-    full = tl.where(budget, tl.load(counts + set_row.to(tl.int64) * LANES + lane, mask=budget, other=0) - 1, full)
-    total = full * CHUNK + (tokens - 1) % CHUNK + 1
-    tiles = (total + TILE - 1) // TILE
-    share = tl.maximum((tiles + splits - 1) // splits, MIN_TILES) * TILE
-    begin = split * share
-    end = tl.minimum(begin + share, total)
+    total, tiles, used = divide(tokens, set_row, counts, lane, splits, LANES, CHUNK, TILE, MIN_TILES)
+    # As even as whole tiles are, for the longest share is what the merge waits for. 0 is of a set without a tail.
+    used = tl.maximum(used, 1)
+    begin = tiles * split // used * TILE
+    end = tl.minimum(tiles * (split + 1) // used * TILE, total)
 
     g = tl.arange(0, GROUP_PAD)
     d = tl.arange(0, D_PAD)
@@ -142,7 +162,6 @@ def attend(
             if EARLY:
                 if STEADY:
                     await_grid()
-            tl.store(lse + state_index, tl.full([GROUP_PAD], float("-inf"), tl.float32), mask=in_group)
             return
 
     query = tl.load(
@@ -221,44 +240,60 @@ def attend(
         tl.store(lse + state_index, highest + tl.log2(sum_p), mask=in_group)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["layer", "splits"])
 def merge(
     partial,
     lse,
     token,
     length,
+    state,
+    counts,
     out,
     out_row,
     out_head,
+    layer,
     splits,
-    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
-    D_PAD: tl.constexpr,
+    D_PART: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LANES: tl.constexpr,
+    LANE_HEADS: tl.constexpr,
+    TILE: tl.constexpr,
+    MIN_TILES: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Program (row, query head): the splits' results by log-sum-exp. A split with lse -inf was idle: not read."""
+    """Program (row, query head, part of the head): the splits' results by log-sum-exp.
+
+    What `attend` did not write is not read: how many splits it used is found while it still runs, so that `lse` and
+    `partial` are under way together. It launches this kernel after it has waited, so sets are what they were for it.
+    """
     row = tl.program_id(0)
     head = tl.program_id(1)
     tokens = tl.load(length + row)
+    set_row = tl.where(tokens > 0, tl.load(state + row), -1)
     at = tl.load(token + row).to(tl.int64)
+    lane = layer * (KV_HEADS // LANE_HEADS) + head // GROUP // LANE_HEADS
+    total, tiles, used = divide(tokens, set_row, counts, lane, splits, LANES, CHUNK, TILE, MIN_TILES)
     if EARLY:
         await_grid()
     if tokens <= 0:
         return
 
-    d = tl.arange(0, D_PAD)
+    d = tl.program_id(2) * D_PART + tl.arange(0, D_PART)
     split = tl.arange(0, SPLITS_PAD)
-    index = (row * HEADS + head) * splits + split
-    part = tl.load(lse + index, mask=split < splits, other=float("-inf"))
-    used = part != float("-inf")
-    highest = tl.max(part, 0)
-    weight = tl.where(used, tl.exp2(part - tl.where(highest == float("-inf"), 0.0, highest)), 0.0)
+    index = (row * (KV_HEADS * GROUP) + head) * splits + split
+    written = split < used
+    part = tl.load(lse + index, mask=written, other=float("-inf"))
     value = tl.load(
-        partial + index.to(tl.int64)[:, None] * D + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0
+        partial + index.to(tl.int64)[:, None] * D + d[None, :], mask=written[:, None] & (d < D)[None, :], other=0.0
     )
-    total = tl.sum(weight, 0)
-    result = tl.sum(value * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    highest = tl.max(part, 0)
+    weight = tl.exp2(part - tl.where(highest == float("-inf"), 0.0, highest))
+    total_weight = tl.sum(weight, 0)
+    result = tl.sum(value * weight[:, None], 0) / tl.where(total_weight == 0.0, 1.0, total_weight)
     tl.store(out + at * out_row + head * out_head + d, result.to(out.dtype.element_ty), mask=d < D)
 
 
