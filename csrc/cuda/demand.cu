@@ -433,14 +433,24 @@ cudaError_t launch(const Demand& p, cudaStream_t stream) {
   return launch_clusters(demand<C, T>, grid, T, int(bytes), C, stream, p);
 }
 
-// Whether the device has room for a cluster of more than 8 blocks: found out once.
-bool has_wide_clusters() {
-  static int known[kMostDevices];
-  int device;
-  if (cudaGetDevice(&device) || device >= kMostDevices) return false;
-  const auto kernel = demand<kWideCluster, kWideThreads>;
-  if (!known[device]) known[device] = has_clusters(kernel, kWideThreads, kMostBytes, kWideCluster) ? 1 : -1;
-  return known[device] > 0;
+// What the first launch on a device finds out and sets.
+struct Device {
+  bool known, wide;
+};
+
+cudaError_t prepare(Device& device) {
+  const auto small = demand<kCluster, kThreads>;
+  const auto large = demand<kWideCluster, kWideThreads>;
+  // Its neighbours want most of a multiprocessor's memory, and that is divided anew only when it is idle.
+  const auto set = [](auto kernel) {
+    const auto carveout = cudaFuncAttributePreferredSharedMemoryCarveout;
+    return cudaFuncSetAttribute(kernel, carveout, cudaSharedmemCarveoutMaxShared);
+  };
+  cudaError_t error = set(small);
+  if (!error) error = set(large);
+  if (error) return error;
+  device = {true, has_clusters(large, kWideThreads, kMostBytes, kWideCluster)};
+  return cudaSuccess;
 }
 
 }  // namespace
@@ -459,8 +469,16 @@ LSA_EXPORT int lsa_demand(const int* length, const int* state, const int* block_
   const Demand p = {length, state, block_table, table_stride, pages, pages_stride, counts, caps, entry_chunk, entry_slot,
                     held, usage, logits, fetch_page, fetch_slot, demanded, pool, host_delta, page_bytes, n, layer_lanes,
                     lanes, lane_first, q_heads, chunk, per_block, most, sink, recency, threshold, decay};
+  static Device devices[kMostDevices];
+  int number;
+  cudaError_t error = cudaGetDevice(&number);
+  if (error) return error;
+  if (number >= kMostDevices) return cudaErrorInvalidDevice;
+  Device& device = devices[number];
+  if (!device.known) error = prepare(device);
+  if (error) return error;
   const auto on = static_cast<cudaStream_t>(stream);
   const bool fits = shared_bytes<kWideCluster, kWideThreads>(p) <= kMostBytes;
-  if (pages_stride >= kLongPages && fits && has_wide_clusters()) return launch<kWideCluster, kWideThreads>(p, on);
+  if (pages_stride >= kLongPages && fits && device.wide) return launch<kWideCluster, kWideThreads>(p, on);
   return launch<kCluster, kThreads>(p, on);
 }

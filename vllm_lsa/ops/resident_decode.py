@@ -14,7 +14,7 @@ from vllm_lsa.ops.early import early
 from vllm_lsa.ops.native import DTYPES, power_of_two, require, require_tensor, unsupported
 
 _KERNELS = "vllm_lsa.kernels.paged_decode"
-_SPLIT_TOKENS = 256
+_SPLIT_TOKENS = 128
 """Tokens that a split is worth: with fewer, its start and the merge cost more than they save."""
 _MERGE_ELEMENTS = 2048
 """Elements of `partial` that a program of the merge reads: for a single row, some 8 KB on each multiprocessor."""
@@ -36,19 +36,19 @@ class DecodeConfig:
 
     @classmethod
     def default(cls, geometry: KVGeometry) -> "DecodeConfig":
-        """For Hopper, whose 227 KiB of shared memory should hold three programs with 64 KiB of K and V under way each.
+        """For Hopper, measured on an H200 for heads of 64 and 128.
 
-        Four with 32 KiB each are quicker where it was measured: pages of 16 bits and heads of 128, on an H200.
-        A warp for every 32 tokens: where threads outnumber the tile's tokens, Triton looks a token's page up in every
-        thread that needs it, at twice the instructions. Wide heads and fp32, where it matters less, want the registers.
-        Pages of e4m3 have the same tiles, whose keys and values are as large in registers, and more of them under way.
+        Four programs a multiprocessor, each with 32 KiB of K and V under way. A warp for every 32 tokens: where threads
+        outnumber the tile's tokens, Triton looks a token's page up in every thread that needs it, at twice the
+        instructions. Wide heads and fp32, where it matters less, want the registers. Pages of e4m3 want more warps,
+        which turn them into 16 bits.
         """
         elements, size = 2 * power_of_two(geometry.head_dim), geometry.compute_dtype.itemsize
-        if geometry.dtype.itemsize == 2 and elements == 256:
-            return cls(tile=32, warps=1, stages=3, per_sm=4)
         if size == 2 and elements <= 256:
-            tile = min(128, 2**15 // (elements * size))
-            return cls(tile=tile, warps=tile // 32, stages=1 + 4 // geometry.dtype.itemsize, per_sm=3)
+            if geometry.quantised:
+                return cls(tile=128, warps=4, stages=3, per_sm=3)
+            tile = min(64, 2**13 // elements)
+            return cls(tile=tile, warps=tile // 32, stages=3, per_sm=4)
         return cls(tile=max(16, 2**16 // size // (elements * size)), warps=4, stages=3, per_sm=2)
 
 
