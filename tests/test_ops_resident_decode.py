@@ -184,11 +184,10 @@ def test_number_of_splits():
     geometry = dataclasses.replace(shape(torch.bfloat16, 128), num_q_heads=32, num_kv_heads=8, layer_lanes=8)
     config = DecodeConfig.default(geometry)
     assert (config.tile, config.warps, config.stages, config.per_sm) == (32, 1, 3, 4)
-    # As many bytes under way as in three programs of 64 KiB, in tiles of as many tokens as those would have.
     half = DecodeConfig.default(dataclasses.replace(geometry, dtype=torch.uint8, model_dtype=torch.bfloat16))
-    assert (half.tile, half.warps, half.stages, half.per_sm) == (64, 2, 5, 3)
+    assert (half.tile, half.warps, half.stages, half.per_sm) == (128, 4, 3, 3)
     narrow = DecodeConfig.default(dataclasses.replace(geometry, head_dim=64))
-    assert (narrow.tile, narrow.warps, narrow.stages, narrow.per_sm) == (128, 4, 3, 3)
+    assert (narrow.tile, narrow.warps, narrow.stages, narrow.per_sm) == (64, 2, 3, 4)
     scratch = DecodeScratch(torch.empty(0), torch.empty(0), 256, 528, config)  # an H100: 132 · 4
     assert scratch.splits(4, 8, 131072) == 16
     assert scratch.splits(1, 8, 131072) == 61

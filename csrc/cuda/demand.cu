@@ -307,7 +307,7 @@ struct Lane {
 
   __device__ void copy(int picks) const {
     const int vectors = int(p.page_bytes / 16);
-#pragma unroll 4
+#pragma unroll 8
     for (int i = threadIdx.x; i < picks * vectors; i += T) {
       const int item = i / vectors, vector = i - item * vectors, slot = shared.slot[item];
       const uint8_t* const from = p.pool + p.host_delta + shared.page[item] * p.page_bytes;
@@ -319,7 +319,7 @@ struct Lane {
 
 // Grid (blocks of a cluster, lanes of the layer, rows side by side).
 template <int C, int T>
-__global__ void __launch_bounds__(T, T > 768 ? 1 : 768 / T) demand(Demand p) {
+__global__ void __launch_bounds__(T, 1024 / T) demand(Demand p) {
   constexpr int kWarps = T / 32;
   Shared<C, T>& shared = *dynamic_shared<Shared<C, T>>();
   int* const pages = reinterpret_cast<int*>(&shared + 1);
@@ -359,7 +359,6 @@ __global__ void __launch_bounds__(T, T > 768 ? 1 : 768 / T) demand(Demand p) {
     if (first_row) {
       cluster_await();  // all blocks have begun
       await_grid();
-      let_next_begin();
       first_row = false;
     }
     int* const fetched = p.fetch_slot + (row * p.layer_lanes + local) * p.most;
@@ -401,6 +400,8 @@ __global__ void __launch_bounds__(T, T > 768 ? 1 : 768 / T) demand(Demand p) {
     cluster_arrive();
     cluster_await();
     if (rank) continue;
+    // Not before: attention's programs would be dealt out while most of this kernel's blocks are in their way.
+    if (row + int(gridDim.z) >= p.n) let_next_begin();
 
     wanted = 0;
     for (int i = self; i < C * kWarps; i += 32) wanted += shared.wanted[i];
