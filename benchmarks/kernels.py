@@ -270,7 +270,8 @@ def configurations(base: DecodeConfig) -> Iterator[DecodeConfig]:
 
 def describe(config: DecodeConfig) -> str:
     splits = config.splits or f"by {config.per_sm}/SM"
-    return f"tile {config.tile}, {config.warps} warps, {config.stages} stages, splits {splits}"
+    order = ", interleaved" if config.interleaved else ""
+    return f"tile {config.tile}, {config.warps} warps, {config.stages} stages, splits {splits}{order}"
 
 
 class Report:
@@ -311,7 +312,7 @@ def on_budget(args: argparse.Namespace, report: Report, attend: Callable[..., to
     from triton.runtime.errors import OutOfResources
 
     case = Case(args, args.budget)
-    want, default = case.twin(), DecodeConfig.default(case.geometry)
+    want, default = case.twin(), DecodeConfig.default(case.geometry, args.batch)
 
     def lsa(config: DecodeConfig) -> float:
         try:
@@ -344,7 +345,7 @@ def on_budget(args: argparse.Namespace, report: Report, attend: Callable[..., to
 def in_full(args: argparse.Namespace, report: Report, attend: Callable[..., torch.Tensor] | None) -> None:
     """Everything that attends to the full context."""
     whole = Case(args, None)
-    config = describe(DecodeConfig.default(whole.geometry))
+    config = describe(DecodeConfig.default(whole.geometry, args.batch))
     report.add("LSA, whole rows", config, whole.lsa(), whole.twin(), whole.bytes, whole.layers)
     if attend:
         del whole

@@ -124,8 +124,8 @@ def main() -> None:
                 room = score.score_scratch(3, 32, 8, 16, torch.device("cpu"), "triton")
                 tables = {"to_query": own.to_code, "centroids": own.centroids, "scratch": room}
             score.score_rows(q, cells, s.rows, s.sets, 16, 0.1, scratch.logits, **tables)
-        for splits in (1, 4):
-            config = dataclasses.replace(DecodeConfig.default(g), splits=splits)
+        for splits, rows in ((1, 1), (4, 1), (4, 3)):
+            config = dataclasses.replace(DecodeConfig.default(g, rows), splits=splits)
             room = DecodeScratch.empty(3, g, 1024, torch.device("cpu"), config)
             decode.resident_decode(q, pool, host, s.rows, s.slot_of, s.sets, 1, g, 0.1, torch.zeros_like(q), room)
     capability = 90

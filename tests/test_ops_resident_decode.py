@@ -78,10 +78,10 @@ class Case:
             "scales": SCALES if g.quantised else KVScales(),
         }
 
-    def scratch(self, splits=None, tile=16):
+    def scratch(self, splits=None, tile=16, interleaved=False):
         g = self.state.geometry
         longest = self.state.rows.block_table.shape[1] * g.block_tokens
-        config = DecodeConfig(tile, warps=2, stages=2, per_sm=2, splits=splits)
+        config = DecodeConfig(tile, warps=2, stages=2, per_sm=2, splits=splits, interleaved=interleaved)
         return DecodeScratch.empty(len(self.state.lengths), g, longest, DEVICE, config)
 
     def wide(self):
@@ -140,17 +140,19 @@ def test_more_query_heads_than_a_tile_has_rows():
     case.check(case.scratch())
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("host_read", [0.0, 0.1, 1.0])
-def test_entries_on_several_state_pages(host_read):
+def test_entries_on_several_state_pages(host_read, interleaved):
     geometry = shape(chunk=8, kv_heads=1, lanes=1, layers=3)
     case = Case(geometry, [1203, 1600], [True, False], 2, share=0.9, host_read=host_read)
     assert len(case.state.entries[0][2][0]) > 128
-    case.check(case.scratch(4, tile=64))
+    case.check(case.scratch(4, tile=64, interleaved=interleaved))
 
 
 def test_more_splits_than_tiles_and_short_rows_in_large_scratch():
     case = Case(shape(), [1, 20, 0], [True, False, True])
     case.check(case.scratch(8))
+    case.check(case.scratch(8, interleaved=True))
     scratch = DecodeScratch.empty(16, shape(), 2048, DEVICE)
     case.check(scratch)
     case.check(scratch, max_length=20)
@@ -158,11 +160,12 @@ def test_more_splits_than_tiles_and_short_rows_in_large_scratch():
 
 @pytest.mark.parametrize("dtype,dim", [(torch.bfloat16, 128), (torch.float16, 80)])
 @pytest.mark.parametrize("splits", [1, 3, 64])
-def test_the_form_of_16_bits_and_heads_of_up_to_128(dtype, dim, splits):
-    """64 splits are merged by parts of a head; 600 tokens fill three of them, and the longest row uneven ones."""
+@pytest.mark.parametrize("few", [True, False])
+def test_the_forms_of_16_bits_and_heads_of_up_to_128(dtype, dim, splits, few):
+    """64 splits are merged by parts of a head; 600 tokens fill some of them, and the longest row uneven ones."""
     geometry = shape(dtype, dim, group=4)
-    config = dataclasses.replace(DecodeConfig.default(geometry), splits=splits)
-    assert (config.tile, config.warps, config.stages, config.per_sm) == (32, 1, 3, 4)
+    config = dataclasses.replace(DecodeConfig.default(geometry, 1 if few else 99), splits=splits)
+    assert config.interleaved != few
     case = Case(geometry, [600, 1, 0, 2300, 900], [False, True, False, False, True], share=0.9, host_read=0.1)
     case.check(DecodeScratch.empty(5, geometry, 4096, DEVICE, config))
 
@@ -182,19 +185,23 @@ def test_cpu_without_interpreter_runs_the_twin(monkeypatch, e4m3):
 
 def test_number_of_splits():
     geometry = dataclasses.replace(shape(torch.bfloat16, 128), num_q_heads=32, num_kv_heads=8, layer_lanes=8)
-    config = DecodeConfig.default(geometry)
-    assert (config.tile, config.warps, config.stages, config.per_sm) == (32, 1, 3, 4)
-    half = DecodeConfig.default(dataclasses.replace(geometry, dtype=torch.uint8, model_dtype=torch.bfloat16))
-    assert (half.tile, half.warps, half.stages, half.per_sm) == (128, 4, 3, 3)
-    narrow = DecodeConfig.default(dataclasses.replace(geometry, head_dim=64))
-    assert (narrow.tile, narrow.warps, narrow.stages, narrow.per_sm) == (64, 2, 3, 4)
-    scratch = DecodeScratch(torch.empty(0), torch.empty(0), 256, 528, config)  # an H100: 132 · 4
-    assert scratch.splits(4, 8, 131072) == 16
-    assert scratch.splits(1, 8, 131072) == 61
-    assert scratch.splits(1, 8, 100) == 1
-    assert scratch.splits(64, 8, 131072) == 1
+    half = dataclasses.replace(geometry, dtype=torch.uint8, model_dtype=torch.bfloat16)
+    narrow = dataclasses.replace(geometry, head_dim=64)
+    for g, rows, form in (
+        (geometry, 2, (32, 1, 3, 4, None, False)),
+        (geometry, 3, (64, 2, 3, 3, None, True)),
+        (narrow, 2, (64, 2, 3, 4, None, False)),
+        (narrow, 3, (128, 4, 3, 3, None, True)),
+        (half, 2, (128, 4, 3, 3, None, False)),
+    ):
+        assert dataclasses.astuple(DecodeConfig.default(g, rows)) == form
+    scratch = DecodeScratch(torch.empty(0), torch.empty(0), 256, 132, geometry)  # an H100
+    assert scratch.splits(4, 131072) == 12
+    assert scratch.splits(1, 131072) == 61
+    assert scratch.splits(1, 100) == 1
+    assert scratch.splits(64, 131072) == 3
     for n in (1, 3, 5, 17, 40, 100):
-        by_length = [scratch.splits(n, 8, length) for length in (1, 512, 4096, 20000, 131072)]
+        by_length = [scratch.splits(n, length) for length in (1, 512, 4096, 20000, 131072)]
         assert by_length == sorted(by_length), n
 
 

@@ -11,7 +11,19 @@ import triton.language as tl
 
 
 @triton.jit
-def await_grid():
-    """Wait for the kernels ahead, and let the next one begin to wait for this one."""
+def await_ahead():
+    """Wait for the kernels ahead."""
     tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_begin():
+    """Let the next kernel begin to wait for this one, once all programs have said so."""
     tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def await_grid():
+    """Both, in this order."""
+    await_ahead()
+    let_next_begin()

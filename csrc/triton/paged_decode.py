@@ -7,15 +7,15 @@ read on the device and the grids follow from shapes alone, so both kernels can b
 import triton
 import triton.language as tl
 from vllm_lsa.kernels.e4m3 import widen
-from vllm_lsa.kernels.early import await_grid
+from vllm_lsa.kernels.early import await_ahead, await_grid, let_next_begin
 
 
 @triton.jit
 def locate(
     t,
+    state_page,
     listed_end,
     whole_end,
-    pages,
     table,
     slot_of,
     set_slot,
@@ -30,14 +30,13 @@ def locate(
 ):
     """Where the pages of tokens t begin, int64, in units of 16 bytes from the pool. Tokens past the end read nothing.
 
-    listed_end, whole_end: the end of a row on a budget and of a whole row; 0 for a row of the other kind. The former
-    goes pages → slot (→ block where the slot is -1), the latter block → slot_of, by masked loads: a branch would keep
-    the loop around it from being pipelined.
+    state_page: that of their entries, for rows on a budget. listed_end, whole_end: the end of a row on a budget and of
+    a whole row; 0 for a row of the other kind. The former goes state page → slot (→ block where the slot is -1), the
+    latter block → slot_of, by masked loads: a branch would keep the loop around it from being pipelined.
     """
     entry = t // CHUNK
     listed = t < listed_end
     whole = t < whole_end
-    state_page = tl.load(pages + entry // SET_PAGE, mask=listed, other=0)
     at = (state_page.to(tl.int64) * LANES + lane) * SET_PAGE + entry % SET_PAGE
     listed_slot = tl.load(set_slot + at, mask=listed, other=-1)
     # Not only where the slot is -1: 4 bytes a chunk are cheaper than waiting for the slot first.
@@ -115,6 +114,7 @@ def attend(
     DIRECT: tl.constexpr,
     E4M3: tl.constexpr,
     WIDEN: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     STEADY: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -125,8 +125,9 @@ def attend(
     TILE: tokens of an iteration. MIN_TILES: a row has at most one split for each so many tiles. DIRECT: there is one
     split, which writes `out`; else `partial` and `lse` (base 2) are for `merge`. E4M3: pages are bytes of it, for
     devices that do not convert it; to those that do, pages are e4m3 themselves. WIDEN: products of fp32 numbers, for
-    Triton's interpreter, whose `dot` takes bf16 for integers. STEADY: sets are as they were before the kernel right
-    ahead.
+    Triton's interpreter, whose `dot` takes bf16 for integers. INTERLEAVED: a split has every so many tiles, not tiles
+    in a row. STEADY: the kernel right ahead writes the newest token and nothing else that is read here, so only its
+    split waits before it reads.
     """
     row = tl.program_id(0) // KV_HEADS
     head = tl.program_id(0) % KV_HEADS
@@ -145,11 +146,25 @@ def attend(
 
     budget = set_row >= 0
     lane = layer * (KV_HEADS // LANE_HEADS) + head // LANE_HEADS
+    pages += set_row.to(tl.int64) * pages_row
+    t = split * TILE + tl.arange(0, TILE)
+    if INTERLEAVED:
+        # Beside the count: the first tile does not depend on that.
+        in_row = t // CHUNK // SET_PAGE < tl.where(budget, pages_row, 0)
+        state_page = tl.load(pages + t // CHUNK // SET_PAGE, mask=in_row, other=0)
     total, tiles, used = divide(tokens, set_row, counts, lane, splits, LANES, CHUNK, TILE, MIN_TILES)
     # As even as whole tiles are, for the longest share is what the merge waits for. 0 is of a set without a tail.
     used = tl.maximum(used, 1)
-    begin = tiles * split // used * TILE
-    end = tl.minimum(tiles * (split + 1) // used * TILE, total)
+    if INTERLEAVED:
+        begin = split * TILE
+        end = tl.where(split < used, total, 0)
+        step = used * TILE
+        last = (tiles - 1) % used
+    else:
+        begin = tiles * split // used * TILE
+        end = tl.minimum(tiles * (split + 1) // used * TILE, total)
+        step = TILE
+        last = used - 1
 
     g = tl.arange(0, GROUP_PAD)
     d = tl.arange(0, D_PAD)
@@ -176,7 +191,6 @@ def attend(
     PAGE_UNITS: tl.constexpr = 2 * V_OFFSET // VECTOR
     ROW_UNITS: tl.constexpr = D // VECTOR
     head_units = (head % LANE_HEADS) * (CHUNK * ROW_UNITS)
-    pages += set_row.to(tl.int64) * pages_row
     table += row.to(tl.int64) * table_row
     host_delta = host_delta.to(tl.int64)
     listed_end = tl.where(budget, end, 0)
@@ -186,14 +200,18 @@ def attend(
     sum_p = tl.zeros([GROUP_PAD], tl.float32)
     acc = tl.zeros([GROUP_PAD, D_PAD], tl.float32)
     t = begin + tl.arange(0, TILE)
+    if not INTERLEAVED:
+        state_page = tl.load(pages + t // CHUNK // SET_PAGE, mask=t < listed_end, other=0)
     unit = locate(
-        t, listed_end, whole_end, pages, table, slot_of, set_slot, set_chunk, lane, host_delta,
+        t, state_page, listed_end, whole_end, table, slot_of, set_slot, set_chunk, lane, host_delta,
         LANES, BLOCK_CHUNKS, CHUNK, SET_PAGE, PAGE_UNITS,
     )  # fmt: skip
     if EARLY:
         if STEADY:
-            await_grid()
-    for first in range(begin, end, TILE):
+            let_next_begin()
+            if split == last:
+                await_ahead()
+    for first in range(begin, end, step):
         t = first + tl.arange(0, TILE)
         valid = t < end
         base = (unit + head_units + (t % CHUNK) * ROW_UNITS) * VECTOR
@@ -206,8 +224,10 @@ def attend(
         value = tl.load(at_key + V_OFFSET, mask=read, other=0.0)
         # The next tile's addresses, carried by the loop: found in the tile itself, they would be loads that the loads
         # of K and V depend on, and Triton would want a pipeline stage for each.
+        t += step
+        state_page = tl.load(pages + t // CHUNK // SET_PAGE, mask=t < listed_end, other=0)
         unit = locate(
-            t + TILE, listed_end, whole_end, pages, table, slot_of, set_slot, set_chunk, lane, host_delta,
+            t, state_page, listed_end, whole_end, table, slot_of, set_slot, set_chunk, lane, host_delta,
             LANES, BLOCK_CHUNKS, CHUNK, SET_PAGE, PAGE_UNITS,
         )  # fmt: skip
         if E4M3:
@@ -230,6 +250,9 @@ def attend(
         acc = tl.dot(p, value, acc * decay[:, None], input_precision="ieee")
         highest = higher
 
+    if EARLY:
+        if STEADY:
+            await_ahead()
     acc = acc / tl.where(sum_p == 0.0, 1.0, sum_p * v_factor)[:, None]
     mask = in_group[:, None] & in_dim[None, :]
     if DIRECT:
@@ -268,7 +291,8 @@ def merge(
     """Program (row, query head, part of the head): the splits' results by log-sum-exp.
 
     What `attend` did not write is not read: how many splits it used is found while it still runs, so that `lse` and
-    `partial` are under way together. It launches this kernel after it has waited, so sets are what they were for it.
+    `partial` are under way together. What may still run beside this does not write sets: neither does `attend`, nor,
+    where that is STEADY, the kernel ahead of it.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)

@@ -16,6 +16,8 @@ from vllm_lsa.ops.native import DTYPES, power_of_two, require, require_tensor, u
 _KERNELS = "vllm_lsa.kernels.paged_decode"
 _SPLIT_TOKENS = 128
 """Tokens that a split is worth: with fewer, its start and the merge cost more than they save."""
+_FEW_LANES = 16
+"""Decode rows times KV heads that are few."""
 _MERGE_ELEMENTS = 2048
 """Elements of `partial` that a program of the merge reads: for a single row, some 8 KB on each multiprocessor."""
 
@@ -25,7 +27,8 @@ class DecodeConfig:
     """How the kernel is launched.
 
     tile: tokens of an iteration, a power of two from 16. warps, stages: of a program. per_sm: programs for each
-    multiprocessor, as many as fit or fewer. splits: of each row, None to choose by the number of rows.
+    multiprocessor, as many as fit or fewer. splits: of each row, None to choose by the number of rows. interleaved:
+    whether a split has every so many tiles of a row, not tiles in a row.
     """
 
     tile: int
@@ -33,22 +36,27 @@ class DecodeConfig:
     stages: int
     per_sm: int
     splits: int | None = None
+    interleaved: bool = False
 
     @classmethod
-    def default(cls, geometry: KVGeometry) -> "DecodeConfig":
-        """For Hopper, measured on an H200 for heads of 64 and 128.
+    def default(cls, geometry: KVGeometry, rows: int = 1) -> "DecodeConfig":
+        """For so many decode rows on Hopper, measured on an H200 for heads of 64 and 128.
 
-        Four programs a multiprocessor, each with 32 KiB of K and V under way. A warp for every 32 tokens: where threads
-        outnumber the tile's tokens, Triton looks a token's page up in every thread that needs it, at twice the
-        instructions. Wide heads and fp32, where it matters less, want the registers. Pages of e4m3 want more warps,
-        which turn them into 16 bits.
+        With few rows small tiles begin sooner. Else three programs a multiprocessor, each with 64 KiB of K and V under
+        way, whose shared memory is no room for more: four that leave some are not dealt out evenly. A warp for every
+        32 tokens: where threads outnumber the tile's tokens, Triton looks a token's page up in every thread that needs
+        it, at twice the instructions. Wide heads and fp32, where it matters less, want the registers. Pages of e4m3
+        want more warps, which turn them into 16 bits.
         """
         elements, size = 2 * power_of_two(geometry.head_dim), geometry.compute_dtype.itemsize
         if size == 2 and elements <= 256:
             if geometry.quantised:
                 return cls(tile=128, warps=4, stages=3, per_sm=3)
-            tile = min(64, 2**13 // elements)
-            return cls(tile=tile, warps=tile // 32, stages=3, per_sm=4)
+            if rows * geometry.num_kv_heads <= _FEW_LANES:
+                tile = min(64, 2**13 // elements)
+                return cls(tile=tile, warps=tile // 32, stages=3, per_sm=4)
+            tile = min(128, 2**14 // elements)
+            return cls(tile=tile, warps=tile // 32, stages=3, per_sm=3, interleaved=True)
         return cls(tile=max(16, 2**16 // size // (elements * size)), warps=4, stages=3, per_sm=2)
 
 
@@ -56,14 +64,16 @@ class DecodeConfig:
 class DecodeScratch:
     """Where splits leave their results for the merge. One serves all layers, and all steps of up to `rows` rows.
 
-    partial: fp32, [n, Hq, splits, D] flat. lse: fp32, [n, Hq, splits] flat, base 2. slots: programs that run at a time.
+    partial: fp32, [n, Hq, splits, D] flat. lse: fp32, [n, Hq, splits] flat, base 2. config: None for that of the number
+    of rows.
     """
 
     partial: torch.Tensor
     lse: torch.Tensor
     rows: int
-    slots: int
-    config: DecodeConfig
+    multiprocessors: int
+    geometry: KVGeometry
+    config: DecodeConfig | None = None
 
     @classmethod
     def empty(
@@ -75,37 +85,33 @@ class DecodeScratch:
         config: DecodeConfig | None = None,
     ) -> "DecodeScratch":
         """rows: most decode rows of a step, padding included. max_length: tokens of the longest row."""
-        config = config or DecodeConfig.default(geometry)
         on_gpu = device.type == "cuda"
         sms = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
-        slots = sms * config.per_sm
-        parts = max(n * _splits(n, geometry.num_kv_heads, max_length, slots, config) for n in range(1, rows + 1))
-        states = parts * geometry.num_q_heads
-        return cls(
-            partial=torch.empty(states * geometry.head_dim, dtype=torch.float32, device=device),
-            lse=torch.empty(states, dtype=torch.float32, device=device),
-            rows=rows,
-            slots=slots,
-            config=config,
-        )
+        none = torch.empty(0, dtype=torch.float32, device=device)
+        scratch = cls(none, none, rows, sms, geometry, config)
+        states = geometry.num_q_heads * max(n * scratch.splits(n, max_length) for n in range(1, rows + 1))
+        scratch.partial, scratch.lse = none.new_empty(states * geometry.head_dim), none.new_empty(states)
+        return scratch
 
-    def splits(self, n: int, kv_heads: int, max_length: int) -> int:
-        """Splits of each of n rows that have up to `max_length` tokens."""
-        return _splits(n, kv_heads, max_length, self.slots, self.config)
+    def form(self, n: int) -> DecodeConfig:
+        """How the kernel is launched for n rows."""
+        return self.config or DecodeConfig.default(self.geometry, n)
 
+    def splits(self, n: int, max_length: int) -> int:
+        """Splits of each of n rows of up to `max_length` tokens: the fewest, up to 64, that keep the device about as
+        busy as any number does.
 
-def _splits(n: int, kv_heads: int, max_length: int, slots: int, config: DecodeConfig) -> int:
-    """The fewest splits, up to 64, that keep the device about as busy as any number does.
-
-    Programs run in waves of `slots`; what counts is how full the waves are on average. A lower `max_length` never
-    gives more splits, so that scratch for the longest rows is enough for all.
-    """
-    if config.splits is not None:
-        return config.splits
-    most = max(1, min(64, max_length // _SPLIT_TOKENS))
-    waves = [n * kv_heads * splits / slots for splits in range(1, most + 1)]
-    filled = [wave / math.ceil(wave) for wave in waves]
-    return 1 + next(i for i, x in enumerate(filled) if x >= 0.95 * max(filled))
+        Programs run in waves of as many as fit; what counts is how full the waves are on average. A lower `max_length`
+        never gives more splits, so that scratch for the longest rows is enough for all.
+        """
+        config = self.form(n)
+        if config.splits is not None:
+            return config.splits
+        most = max(1, min(64, max_length // _SPLIT_TOKENS))
+        slots = self.multiprocessors * config.per_sm
+        waves = [n * self.geometry.num_kv_heads * splits / slots for splits in range(1, most + 1)]
+        filled = [wave / math.ceil(wave) for wave in waves]
+        return 1 + next(i for i, x in enumerate(filled) if x >= 0.95 * max(filled))
 
 
 def resident_decode(
@@ -136,8 +142,8 @@ def resident_decode(
     the tail. A chunk without a slot is read from its host page. Rows of length 0, entries from counts on and tokens
     from length on are never read. Sums are fp32. Nothing is allocated or read back: fit for a CUDA graph.
 
-    The kernel may begin before the one ahead of it on the stream has ended: that one must not write `rows`, and with
-    `steady` nothing but K and V; then more of the way to them is gone beside it.
+    The kernel may begin before the one ahead of it on the stream has ended: that one must not write `rows`; and with
+    `steady` nothing that is read here but K and V of the rows' newest tokens, so that all others are read beside it.
 
     On CPU tensors this is `resident_decode_naive`, unless the kernels were loaded in Triton's interpreter. Raises
     ValueError on a bad shape, dtype, stride or address; what only the device knows is not checked.
@@ -156,7 +162,7 @@ def resident_decode(
     _check(q, pool, host_pages, rows, slot_of, sets, layer, geometry, out)
     kv_heads, q_heads, dim = geometry.num_kv_heads, geometry.num_q_heads, geometry.head_dim
     max_length = max_length or rows.block_table.shape[1] * geometry.block_tokens
-    splits, config = scratch.splits(n, kv_heads, max_length), scratch.config
+    splits, config = scratch.splits(n, max_length), scratch.form(n)
     require(
         n * q_heads * splits * dim <= scratch.partial.numel() and n * q_heads * splits <= scratch.lse.numel(),
         f"the scratch is for {scratch.rows} rows and shorter ones: {n} rows of {max_length} tokens do not fit",
@@ -175,7 +181,8 @@ def resident_decode(
         CHUNK=geometry.chunk_tokens, BLOCK_CHUNKS=geometry.chunks_per_block, LANES=geometry.num_lanes,
         LANE_HEADS=geometry.lane_heads, SET_PAGE=PAGE, VECTOR=16 // geometry.dtype.itemsize, TILE=config.tile,
         MIN_TILES=min_tiles, DIRECT=splits == 1, E4M3=by_bits, WIDEN=kernels.INTERPRETED and q.dtype == torch.bfloat16,
-        STEADY=steady, num_warps=config.warps, num_stages=config.stages, **early(pool.device),
+        INTERLEAVED=config.interleaved, STEADY=steady, num_warps=config.warps, num_stages=config.stages,
+        **early(pool.device),
     )  # fmt: skip
     if splits > 1:
         splits_pad = power_of_two(splits)
