@@ -20,6 +20,7 @@ constexpr int kCluster = 8, kThreads = 256;
 constexpr int kWideCluster = 16, kWideThreads = 1024;
 constexpr int kLongPages = 256;         // state pages of a row from which they are
 constexpr int kSideBySide = 512 * 256;  // threads: about what a device holds at a time
+constexpr int kFewThreads = 64 * 256;
 constexpr int kStatePage = 64;
 constexpr int kMostHeads = 128;  // of a lane
 constexpr int kMostPicks = 32;   // a lane of a warp each
@@ -169,14 +170,20 @@ struct Lane {
     }
   }
 
-  __device__ float mass(const float* logits) const {
-    float sum = 0;
+  // Of chunks from `begin` on, in steps of T; 0 for those from `end` on. All are asked for together.
+  __device__ void masses(int begin, int end, float (&mass)[kChunks]) const {
+    const float* of[kChunks];
+#pragma unroll
+    for (int k = 0; k < kChunks; k++) of[k] = logits(min(begin + k * T, end - 1)), mass[k] = 0;
 #pragma unroll 4
     for (int head = 0; head < heads; head++) {
       const float2 by = shared.weights[head];
-      sum += exp_fast(logits[head * kStatePage] - by.x) * by.y;
+#pragma unroll
+      for (int k = 0; k < kChunks; k++) mass[k] += exp_fast(of[k][head * kStatePage] - by.x) * by.y;
     }
-    return sum;
+#pragma unroll
+    for (int k = 0; k < kChunks; k++)
+      if (begin + k * T >= end) mass[k] = 0;
   }
 
   // Strikes the least used of the entries that may leave off the list of what is held, up to `most` of them. By all of
@@ -327,6 +334,8 @@ __global__ void __launch_bounds__(T, 1024 / T) demand(Demand p) {
   const int self = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int local = blockIdx.y, lane = p.lane_first + local, heads = p.q_heads / p.layer_lanes;
   const int parts = max(1, kWarps / heads);
+  // With many blocks not before most of them have ended: attention's programs would be dealt out unevenly around them.
+  const bool few = int(gridDim.x * gridDim.y * gridDim.z) * T <= kFewThreads;
   bool first_row = true;
   cluster_arrive();
   for (int row = blockIdx.z; row < p.n; row += gridDim.z) {
@@ -359,6 +368,7 @@ __global__ void __launch_bounds__(T, 1024 / T) demand(Demand p) {
     if (first_row) {
       cluster_await();  // all blocks have begun
       await_grid();
+      if (few) let_next_begin();
       first_row = false;
     }
     int* const fetched = p.fetch_slot + (row * p.layer_lanes + local) * p.most;
@@ -375,11 +385,7 @@ __global__ void __launch_bounds__(T, 1024 / T) demand(Demand p) {
     for (int begin = range.x + threadIdx.x; begin - int(threadIdx.x) < range.y; begin += kChunks * T) {
       if (begin != range.x + int(threadIdx.x)) look(begin);
       float mass[kChunks];
-#pragma unroll
-      for (int k = 0; k < kChunks; k++) {
-        const int chunk = begin + k * T;
-        mass[k] = chunk < range.y ? it.mass(it.logits(chunk)) : 0;
-      }
+      it.masses(begin, range.y, mass);
 #pragma unroll
       for (int k = 0; k < kChunks; k++) {
         const int chunk = begin + k * T;
@@ -400,8 +406,7 @@ __global__ void __launch_bounds__(T, 1024 / T) demand(Demand p) {
     cluster_arrive();
     cluster_await();
     if (rank) continue;
-    // Not before: attention's programs would be dealt out while most of this kernel's blocks are in their way.
-    if (row + int(gridDim.z) >= p.n) let_next_begin();
+    if (!few && row + int(gridDim.z) >= p.n) let_next_begin();
 
     wanted = 0;
     for (int i = self; i < C * kWarps; i += 32) wanted += shared.wanted[i];
