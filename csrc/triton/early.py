@@ -1,9 +1,9 @@
 """Programmatic dependent launch: the kernels of a decode step begin before the ones ahead of them have ended.
 
-Each of them calls `await_grid` in every program, whether that has work or not: so whoever waits for a kernel waits for
-all that came before it. What they read before that must be older than the kernel right ahead of them: the rows of the
-step and the pages of sets, which are written before the first layer's `write_rows`, and q, which is written before this
-layer's. Since `write_rows` calls it first of all, whatever comes after it finds those complete.
+Each of them waits in every program, whether that has work or not, before it writes and before it ends: so whoever waits
+for a kernel waits for all that came before it. What they read before that must be older than the kernel right ahead of
+them: the rows of the step and the pages of sets, which are written before the first layer's `write_rows`, and q, which
+is written before this layer's. Since `write_rows` waits first of all, whatever comes after it finds those complete.
 """
 
 import triton
