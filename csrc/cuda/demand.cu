@@ -20,7 +20,7 @@ constexpr int kCluster = 8, kThreads = 256;
 constexpr int kWideCluster = 16, kWideThreads = 1024;
 constexpr int kLongPages = 256;         // state pages of a row from which they are
 constexpr int kSideBySide = 512 * 256;  // threads: about what a device holds at a time
-constexpr int kFewThreads = 64 * 256;
+constexpr int kFewThreads = 64 * 256;   // up to which what comes next may begin early
 constexpr int kStatePage = 64;
 constexpr int kMostHeads = 128;  // of a lane
 constexpr int kMostPicks = 32;   // a lane of a warp each
