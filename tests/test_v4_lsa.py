@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.amx import without_amx
 from tests.v4 import install
 from tests.v4_runs import BATCHES, FEW_BLOCKS, GROWING, KEEP_ALL, LAYERS, MIXED, PAGE, TOKENS, batch, run
 from vllm_lsa.serving.client import read_metrics
@@ -70,6 +71,7 @@ def test_exact_gives_what_stock_vllm_gives_at_any_budget(stock, v4_path, tmp_pat
 
 
 @pytest.mark.vllm
+@without_amx
 def test_chunks_and_cached_prefixes_change_nothing(steady, v4_path, tmp_path):
     batches = [batch(MIXED[0], MIXED[2]), batch(MIXED[2])]
     lsa = run(tmp_path, v4_path, batches, {**KEEP_ALL, "check": "poison"}, chunk=500, fallbacks=True)
@@ -80,6 +82,7 @@ def test_chunks_and_cached_prefixes_change_nothing(steady, v4_path, tmp_path):
 
 
 @pytest.mark.vllm
+@without_amx
 def test_a_preempted_request_comes_back_as_if_it_had_stayed(steady, v4_path, tmp_path):
     lsa = run(tmp_path, v4_path, [GROWING], {**KEEP_ALL, "check": "poison"}, fallbacks=True, **FEW_BLOCKS)
     assert lsa["preemptions"] > steady["preemptions"] == 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
+from tests.amx import without_amx  # noqa: E402
 from tests.kernels import DEVICE, load  # noqa: E402
 from tests.test_v4_gpu import AHEAD, FEW_BLOCKS, GROWING, LAYERS, PAGE  # noqa: E402
 from tests.v4 import model, planned  # noqa: E402
@@ -74,6 +75,7 @@ class Engine:
                 assert torch.equal(self.lsa.pool_pages()[slots].cpu(), self.lsa.layer_pages(layer)[blocks])
 
 
+@without_amx
 def test_a_request_whose_sets_are_chosen_ahead_is_preempted_and_comes_back(tmp_path, monkeypatch):
     limits = {name: FEW_BLOCKS[name] for name in ("max_model_len", "max_num_seqs")}
     config = planned.gpu_config(

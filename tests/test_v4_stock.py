@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.amx import without_amx
 from tests.paths import run_module
 from tests.v4 import install, model
 from vllm_lsa.serving.server import Server
@@ -59,6 +60,7 @@ def test_a_prompt_in_a_batch_gives_the_tokens_that_it_gives_alone(stock, length)
     assert stock[f"pair-{length}"] == stock[f"alone-{length}"]
 
 
+@without_amx
 def test_another_run_in_chunks_and_from_cached_prefixes_gives_the_same_tokens(stock, v4_path, tmp_path):
     # What was decoded before is now in the prompt: decode steps and prompts write and read the same states.
     half = TOKENS // 2

@@ -15,6 +15,7 @@ _FALLBACKS, _CHUNKS, _CUDA = "v4_cpu_fallbacks", "v4_cpu_chunks", "v4_cuda_parts
 # A variable that says `everywhere`.
 _EVERYWHERE = "V4_FALLBACKS_EVERYWHERE"
 _registered = False
+_chunks = False
 
 
 def environment(
@@ -26,7 +27,7 @@ def environment(
 ) -> dict[str, str]:
     """Write the distribution into folder; returns the environment with it, in which no other plugin is loaded.
 
-    chunks: prompts in chunks and prefix caching, as where the CPU has AMX; stock vLLM forbids V4 both without.
+    chunks: prompts in chunks and prefix caching; stock vLLM allows V4 both where the CPU has AMX, and nowhere else.
     plugins: vLLM plugins to load besides, by name. everywhere: fallbacks also where the library has operators. device:
     "cuda" for what a GPU machine without DeepGEMM, tilelang and CuTeDSL lacks (`cuda.py`) instead.
     """
@@ -54,6 +55,8 @@ def register() -> None:
     _registered = True
     stock = CpuPlatform.register_triton_kernel_overrides
 
+    _set_chunks(False)
+
     def register_triton_kernel_overrides(cls: type[CpuPlatform]) -> None:
         stock()
         _install()
@@ -62,13 +65,23 @@ def register() -> None:
 
 
 def allow_chunks() -> None:
-    """The other entry point: vllm/platforms/cpu.py:268 asks for AMX tiles, which the fallbacks do not need."""
+    """The other entry point, loaded besides."""
+    _set_chunks(True)
+
+
+def _set_chunks(allowed: bool) -> None:
+    """vllm/platforms/cpu.py:268 asks for AMX tiles, which the fallbacks do not need, and which not every CPU has."""
     from vllm.platforms.cpu import CpuPlatform
 
+    global _chunks
+    _chunks = _chunks or allowed
+    if hasattr(CpuPlatform, "chunks_are_set"):
+        return
+    CpuPlatform.chunks_are_set = True
     stock = CpuPlatform.check_and_update_config
 
     def check_and_update_config(cls: type[CpuPlatform], vllm_config: Any) -> None:
-        with mock.patch("torch.cpu._is_amx_tile_supported", return_value=True):
+        with mock.patch("torch.cpu._is_amx_tile_supported", return_value=_chunks):
             stock(vllm_config)
 
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
