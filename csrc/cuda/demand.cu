@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "device.cuh"
+#include "launch.cuh"
 
 #define LSA_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -13,6 +14,7 @@ namespace lsa {
 namespace {
 
 using namespace device;
+using namespace launching;
 
 // Blocks of a cluster, and their threads. Small ones begin sooner: the most that every device with clusters has; where
 // rows may be long and the device has it, more.
@@ -28,7 +30,6 @@ constexpr int kAhead = 16;       // logits that a thread asks for at a time
 constexpr int kChunks = 4;       // and chunks
 constexpr int kEntries = 8;      // entries of the lane's list that a thread keeps in mind
 constexpr int kMostBytes = 48 << 10;  // of shared memory, without asking for more
-constexpr int kMostDevices = 64;
 constexpr uint64_t kNone = ~uint64_t(0);
 constexpr float kLog2e = 1.44269504088896340736f;
 
@@ -309,7 +310,6 @@ struct Lane {
       if (now != count) p.counts[int64_t(mine) * p.lanes + lane] = now;
       if (picks) atomicAdd(p.demanded, static_cast<unsigned long long>(picks));
     }
-    __syncwarp();
   }
 
   __device__ void copy(int picks) const {
@@ -445,15 +445,9 @@ struct Device {
 };
 
 cudaError_t prepare(Device& device) {
-  const auto small = demand<kCluster, kThreads>;
   const auto large = demand<kWideCluster, kWideThreads>;
-  // Its neighbours want most of a multiprocessor's memory, and that is divided anew only when it is idle.
-  const auto set = [](auto kernel) {
-    const auto carveout = cudaFuncAttributePreferredSharedMemoryCarveout;
-    return cudaFuncSetAttribute(kernel, carveout, cudaSharedmemCarveoutMaxShared);
-  };
-  cudaError_t error = set(small);
-  if (!error) error = set(large);
+  cudaError_t error = divide_memory_alike(demand<kCluster, kThreads>);
+  if (!error) error = divide_memory_alike(large);
   if (error) return error;
   device = {true, has_clusters(large, kWideThreads, kMostBytes, kWideCluster)};
   return cudaSuccess;
@@ -475,11 +469,10 @@ LSA_EXPORT int lsa_demand(const int* length, const int* state, const int* block_
   const Demand p = {length, state, block_table, table_stride, pages, pages_stride, counts, caps, entry_chunk, entry_slot,
                     held, usage, logits, fetch_page, fetch_slot, demanded, pool, host_delta, page_bytes, n, layer_lanes,
                     lanes, lane_first, q_heads, chunk, per_block, most, sink, recency, threshold, decay};
-  static Device devices[kMostDevices];
+  static Device devices[kMaxDevices];
   int number;
-  cudaError_t error = cudaGetDevice(&number);
+  cudaError_t error = find_device(number);
   if (error) return error;
-  if (number >= kMostDevices) return cudaErrorInvalidDevice;
   Device& device = devices[number];
   if (!device.known) error = prepare(device);
   if (error) return error;

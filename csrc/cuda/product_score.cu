@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "device.cuh"
+#include "launch.cuh"
 
 #define LSA_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -18,6 +19,7 @@ namespace lsa {
 namespace {
 
 using namespace device;
+using namespace launching;
 
 constexpr int kCodes = 256;
 constexpr int kLine = 128;  // bytes of shared memory that all banks deliver at a time
@@ -30,7 +32,6 @@ constexpr int kTableRows = 4;  // whose tables are made side by side: programs w
 constexpr int kMaxSlab = 16;  // subspaces; with more, the codes of 32 chunks would take half of a multiprocessor
 constexpr int kMaxPadded = 32;
 constexpr int kStatePage = 64;
-constexpr int kMaxDevices = 64;
 constexpr float kFraction = 65535;  // of a range
 constexpr float kMost = 255;        // steps of the ranges of subspaces that are added in bytes
 constexpr float kLn2 = 0.69314718055994530942f;
@@ -486,18 +487,6 @@ __global__ void __launch_bounds__(Lean ? kLeanThreads : kMostThreads) score(Para
   await_grid();
 }
 
-// A multiprocessor divides its memory anew for a kernel that wants less shared memory, and has to be idle for that.
-template <int W>
-cudaError_t divide_memory_alike() {
-  const auto set = [](auto kernel) {
-    const auto carveout = cudaFuncAttributePreferredSharedMemoryCarveout;
-    return cudaFuncSetAttribute(kernel, carveout, cudaSharedmemCarveoutMaxShared);
-  };
-  cudaError_t error = set(build_tables<W, float>);
-  if (!error) error = set(build_tables<W, __nv_bfloat16>);
-  return error ? error : set(build_tables<W, __half>);
-}
-
 template <int W>
 cudaError_t launch_tables(const Params& p, bool early, cudaStream_t stream) {
   const dim3 grid(p.padded, p.kv_heads, min(p.n, kTableRows));
@@ -523,7 +512,9 @@ cudaError_t find_shape(int device, int slabs, Shape& shape) {
   if (!error) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (!error) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (!error) error = divide_memory_alike<W>();
+  if (!error) error = divide_memory_alike(build_tables<W, float>);
+  if (!error) error = divide_memory_alike(build_tables<W, __nv_bfloat16>);
+  if (!error) error = divide_memory_alike(build_tables<W, __half>);
   if (error) return error;
   // As many warps as have room for their codes beside the tables.
   const int tables = slabs * kCodes * kLine, codes = 32 * R * T;
@@ -548,9 +539,8 @@ cudaError_t launch_both(const Params& p, cudaStream_t stream) {
     }
   static Shape known[kMaxDevices];
   int device;
-  cudaError_t error = cudaGetDevice(&device);
+  cudaError_t error = find_device(device);
   if (error) return error;
-  if (device >= kMaxDevices) return cudaErrorInvalidDevice;
   Shape& shape = known[device];
   if (shape.slabs != p.slabs) error = find_shape<W, T, R, Once, Lean>(device, p.slabs, shape);
   if (error) return error;

@@ -55,36 +55,25 @@ def register() -> None:
     _registered = True
     stock = CpuPlatform.register_triton_kernel_overrides
 
-    _set_chunks(False)
+    check = CpuPlatform.check_and_update_config
 
     def register_triton_kernel_overrides(cls: type[CpuPlatform]) -> None:
         stock()
         _install()
 
+    def check_and_update_config(cls: type[CpuPlatform], vllm_config: Any) -> None:
+        # vllm/platforms/cpu.py:268 asks for AMX tiles, which the fallbacks do not need, and which not every CPU has.
+        with mock.patch("torch.cpu._is_amx_tile_supported", return_value=_chunks):
+            check(vllm_config)
+
     CpuPlatform.register_triton_kernel_overrides = classmethod(register_triton_kernel_overrides)
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
 def allow_chunks() -> None:
     """The other entry point, loaded besides."""
-    _set_chunks(True)
-
-
-def _set_chunks(allowed: bool) -> None:
-    """vllm/platforms/cpu.py:268 asks for AMX tiles, which the fallbacks do not need, and which not every CPU has."""
-    from vllm.platforms.cpu import CpuPlatform
-
     global _chunks
-    _chunks = _chunks or allowed
-    if hasattr(CpuPlatform, "chunks_are_set"):
-        return
-    CpuPlatform.chunks_are_set = True
-    stock = CpuPlatform.check_and_update_config
-
-    def check_and_update_config(cls: type[CpuPlatform], vllm_config: Any) -> None:
-        with mock.patch("torch.cpu._is_amx_tile_supported", return_value=_chunks):
-            stock(vllm_config)
-
-    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+    _chunks = True
 
 
 def _install() -> None:
