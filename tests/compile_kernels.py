@@ -78,7 +78,7 @@ def main() -> None:
     from vllm_lsa.ops import resident_decode as decode
     from vllm_lsa.ops import resident_rows as ops
     from vllm_lsa.ops import score_rows as score
-    from vllm_lsa.ops.resident_decode import DecodeConfig, DecodeScratch
+    from vllm_lsa.ops.resident_decode import Arrivals, DecodeConfig, DecodeScratch
 
     # What the wrappers do on a GPU, with tensors that are on the CPU.
     for name in ("encode", "index_logits", "missing_entries", "score", "paged_decode"):
@@ -105,7 +105,8 @@ def main() -> None:
         ops.advance(s.rows, s.sets, s.slot_of, tails, g)
         for chunks in (512, 9000):
             scratch = ops.DemandScratch.empty(3, 8, len(s.sets.chunk), g, torch.device("cpu"), chunks)
-            ops.pick(s.rows, s.sets, scratch, 1, g, pool, host, sink=1, recency=2, threshold=0.01, decay=0.7)
+            ops.pick(s.rows, s.sets, scratch, 1, g, pool, host, threshold=0.01, decay=0.7)
+            ops.settle(s.rows, s.sets, scratch, g, sink=1, recency=2)
         ops.refresh(s.rows, s.sets, refresh, g, sink=1, recency=2, most_used=0.01)
         ops.fetch(pool, host, scratch.page, scratch.slot)
         ops.fetch(pool, host, scratch.page, scratch.slot, 2)
@@ -124,10 +125,14 @@ def main() -> None:
                 room = score.score_scratch(3, 32, 8, 16, torch.device("cpu"), "triton")
                 tables = {"to_query": own.to_code, "centroids": own.centroids, "scratch": room}
             score.score_rows(q, cells, s.rows, s.sets, 16, 0.1, scratch.logits, **tables)
-        for splits, rows in ((1, 1), (4, 1), (4, 3)):
-            config = dataclasses.replace(DecodeConfig.default(g, rows), splits=splits)
+        page = torch.full((3, lanes, 3), -1)
+        new = Arrivals(page, page.int())
+        for splits, rows, arrivals in ((1, 1, None), (4, 1, None), (4, 3, None), (1, 1, new), (64, 3, new)):
+            config = dataclasses.replace(DecodeConfig.default(g, rows, arrivals is not None), splits=splits)
             room = DecodeScratch.empty(3, g, 1024, torch.device("cpu"), config)
-            decode.resident_decode(q, pool, host, s.rows, s.slot_of, s.sets, 1, g, 0.1, torch.zeros_like(q), room)
+            decode.resident_decode(
+                q, pool, host, s.rows, s.slot_of, s.sets, 1, g, 0.1, torch.zeros_like(q), room, arrivals=arrivals
+            )
     capability = 90
     pages, table = torch.zeros(2, 8640, dtype=torch.uint8)[:, : index.PAGE_BYTES], torch.zeros(3, 2, dtype=torch.int32)
     for native in (True, False):

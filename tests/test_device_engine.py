@@ -64,7 +64,8 @@ class DeviceSimulation(Simulation):
     def caps(self, plan):
         control, sets = self.engine.control, self.engine.sets
         rows = {name: control.set_row(self.engine.mirror.requests[name]) for name in plan.requests}
-        return {name: sets.caps[row].cpu().numpy() for name, row in rows.items() if row >= 0}
+        beside = 0 if self.config.demand == "off" else 1 + self.config.demand_chunks  # before others leave
+        return {name: sets.caps[row].cpu().numpy() + beside for name, row in rows.items() if row >= 0}
 
     def trace_sets(self, layer, plan):
         sets, lanes = self.engine.sets, self.engine.geometry.layer_lanes
@@ -78,6 +79,10 @@ class DeviceSimulation(Simulation):
                 entries = np.arange(int(sets.counts[row, lane]))
                 chunks = sets.chunk.cpu().numpy()[pages[entries // PAGE], lane, entries % PAGE]
                 assert chunks[-1] == request.num_computed // CHUNK
+                if plan.demands:  # the last step left as many as may be
+                    assert len(chunks) <= int(sets.caps[row, lane]) + (request.num_computed % CHUNK == 0)
+                    picked = self.engine._wanted.picked[plan.requests.index(name), lane].cpu().numpy()
+                    chunks = np.append(chunks, picked[picked >= 0])
                 held = sets.held.cpu().numpy()
                 full = np.arange(request.num_computed // CHUNK + 1)
                 assert (held[pages[full // PAGE], lane, full % PAGE] == np.isin(full, chunks)).all()

@@ -1,16 +1,18 @@
+import copy
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
-from tests.device_state import State
+from tests.device_state import NONSENSE, State
 from tests.kernels import DEVICE, load
 from tests.test_ops_closeness import assert_close
 from vllm_lsa.memory.geometry import KVGeometry
 from vllm_lsa.ops import resident_decode as decode
 from vllm_lsa.ops.e4m3 import KVScales, quantise
 from vllm_lsa.ops.resident_decode import (
+    Arrivals,
     DecodeConfig,
     DecodeScratch,
     resident_decode,
@@ -35,7 +37,7 @@ def shape(dtype=torch.float32, dim=64, chunk=16, lanes=2, kv_heads=2, group=3, l
 class Case:
     """Operands in which all that must not be read is NaN or out of range, in the pools, in q and in the tables."""
 
-    def __init__(self, geometry, lengths, budget, layer=1, **options):
+    def __init__(self, geometry, lengths, budget, layer=1, arrivals=0, arrivals_read=0.3, **options):
         torch.manual_seed(len(lengths))
         g, self.layer = geometry, layer
         self.state = state = State(g, lengths, budget, **options)
@@ -51,14 +53,8 @@ class Case:
                     slots = state.slot_of.cpu().numpy()[pages]
                 tail = (lengths[row] - 1) % g.chunk_tokens + 1
                 for chunk, slot, page in zip(chunks, slots, pages, strict=True):
-                    tokens = tail if chunk == count - 1 else g.chunk_tokens
-                    content = torch.randn(2, g.lane_heads, tokens, g.head_dim)
-                    if g.quantised:
-                        content = torch.stack([quantise(x, s) for x, s in zip(content, SCALES, strict=True)])
-                    content = content.to(g.dtype)
-                    (host[page] if slot < 0 else pool[slot])[:, :, :tokens] = content.to(
-                        host.device if slot < 0 else DEVICE
-                    )
+                    self._fill(host[page] if slot < 0 else pool[slot], tail if chunk == count - 1 else g.chunk_tokens)
+        self.arrivals = self._arrivals(pool, host, arrivals, arrivals_read) if arrivals else None
         n, heads, dim = len(lengths), g.num_q_heads, g.head_dim
         # Strided as where q, k and v are one tensor; padding rows' queries are NaN.
         q = torch.full((n, heads + 2 * g.num_kv_heads, dim), float("nan"), dtype=g.compute_dtype, device=DEVICE)
@@ -76,7 +72,32 @@ class Case:
             "geometry": g,
             "scale": SCALE,
             "scales": SCALES if g.quantised else KVScales(),
+            "arrivals": self.arrivals,
         }
+
+    def _fill(self, page, tokens):
+        g = self.state.geometry
+        content = torch.randn(2, g.lane_heads, tokens, g.head_dim)
+        if g.quantised:
+            content = torch.stack([quantise(x, s) for x, s in zip(content, SCALES, strict=True)])
+        page[:, :, :tokens] = content.to(g.dtype).to(page.device)
+
+    def _arrivals(self, pool, host, most, host_read):
+        """0 to `most` full chunks that are not in the sets, in slots that nobody has or read from their host pages."""
+        state, g = self.state, self.state.geometry
+        owned = [slots for lanes in state.owned for slots in lanes] + [state.slot_of.cpu().numpy()]
+        free = iter(state.rng.permutation(np.setdiff1d(np.arange(state.num_slots), np.concatenate(owned))))
+        page = np.full((len(state.lengths), g.layer_lanes, most), -1, np.int64)
+        slot = np.full(page.shape, NONSENSE, np.int32)
+        for row, entries in enumerate(state.entries):
+            for i, (chunks, _) in enumerate(entries[self.layer * g.layer_lanes :][: g.layer_lanes]):
+                absent = state.rng.permutation(np.setdiff1d(np.arange(state.chunks[row] - 1), chunks))
+                new = absent[: state.rng.integers(0, most + 1)]
+                page[row, i, : len(new)] = state.page(row, new, self.layer * g.layer_lanes + i)
+                for j in range(len(new)):
+                    slot[row, i, j] = -1 if state.rng.random() < host_read else next(free)
+                    self._fill(host[page[row, i, j]] if slot[row, i, j] < 0 else pool[slot[row, i, j]], g.chunk_tokens)
+        return Arrivals(state.put(page), state.put(slot))
 
     def scratch(self, splits=None, tile=16, interleaved=False):
         g = self.state.geometry
@@ -95,7 +116,17 @@ class Case:
         want = torch.full(self.q.shape, 7.0, dtype=torch.float64, device=DEVICE)
         scratch.partial.fill_(float("nan"))
         scratch.lse.fill_(float("nan"))
-        resident_decode(**self.operands | change, out=out[:, 1:], scratch=scratch)
+        filled, joined = copy.deepcopy(self.arrivals), []
+        if filled is not None:
+            self.arrivals.page.fill_(-1)
+
+        def join():
+            joined.append(True)
+            if filled is not None:
+                self.arrivals.page.copy_(filled.page)
+
+        resident_decode(**self.operands | change, out=out[:, 1:], scratch=scratch, join=join)
+        assert len(joined) == 1
         resident_decode_naive(**self.operands | self.wide(), out=want)
         if g.compute_dtype == torch.float32:  # a GPU's exp2 is an approximation
             torch.testing.assert_close(out[:, 1:].double(), want, atol=1e-4, rtol=1e-4)
@@ -104,6 +135,7 @@ class Case:
         assert (out[:, 0] == 7).all()
         padding = self.state.rows.token[self.state.rows.length == 0].long()
         assert (out[padding] == 7).all()
+        return out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -170,6 +202,68 @@ def test_the_forms_of_16_bits_and_heads_of_up_to_128(dtype, dim, splits, few):
     case.check(DecodeScratch.empty(5, geometry, 4096, DEVICE, config))
 
 
+@pytest.mark.parametrize(
+    "most,dtype,chunk,lanes,splits,dim",
+    [
+        (1, torch.float32, 8, 2, 1, 80),
+        (3, torch.bfloat16, 8, 1, 3, 80),
+        (3, torch.float16, 16, 2, 64, 128),
+        (8, torch.float16, 8, 1, 1, 64),
+        (8, torch.bfloat16, 24, 2, 2, 256),
+        (8, torch.float32, 16, 1, 3, 128),
+    ],
+)
+@E4M3
+def test_arrivals(most, dtype, chunk, lanes, splits, dim, e4m3):
+    lengths = [count and count * chunk - 5 for count in (13, 0, 9, 1, 20, 0, 2)]
+    budget = [True, True, False, True, True, False, True]
+    case = Case(shape(dtype, dim, chunk, lanes=lanes, e4m3=e4m3), lengths, budget, arrivals=most, host_read=0.1)
+    came = (case.arrivals.page >= 0).sum(2)
+    assert came[0].sum() + came[4].sum() > 0 == came[[1, 2, 3, 5]].sum()
+    case.check(case.scratch(splits, tile=32))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_row_with_many_arrivals_beside_its_tail_and_one_with_none(splits):
+    """Up to 40 chunks, no power of two, are several iterations of the merge; beside them a set is its tail alone."""
+    geometry = shape(torch.bfloat16, chunk=8, lanes=1, kv_heads=4, group=2)
+    case = Case(geometry, [1, 300, 250], [True] * 3, share=0.0, arrivals=40)
+    assert (case.state.sets.counts[case.state.rows.state.long()] == 1).all()
+    assert (case.arrivals.page >= 0).sum(2).max() * 8 > 64
+    case.check(case.scratch(splits))
+    case.arrivals.page.fill_(-1)
+    out = case.check(case.scratch(splits))
+    case.arrivals = case.operands["arrivals"] = None
+    assert torch.equal(out, case.check(case.scratch(splits)))
+
+
+def test_arrivals_that_outweigh_the_set_and_do_not():
+    case = Case(shape(chunk=8), [400], [True], arrivals=8)
+    case.q *= torch.linspace(-20, 20, case.q.shape[1], device=DEVICE).view(1, -1, 1)
+    case.check(case.scratch(2, tile=64))
+
+
+@pytest.mark.parametrize("arrivals", [0, 3])
+def test_join_comes_after_what_reads_the_sets(arrivals):
+    case = Case(shape(chunk=8), [90, 0], [True, True], arrivals=arrivals)
+    scratch, out, written = case.scratch(2), torch.zeros_like(case.q), []
+    scratch.lse.fill_(float("nan"))
+
+    def join():
+        written.append(bool(scratch.lse.isfinite().any()))
+
+    resident_decode(**case.operands | {"rows": case.state.rows.first(0)}, out=out, scratch=scratch, join=join)
+    resident_decode(**case.operands, out=out, scratch=scratch, join=join)
+    assert written == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_arrivals_in_the_form_of_their_own(dtype):
+    geometry = shape(dtype, 128, chunk=8, lanes=1, group=2)
+    case = Case(geometry, [700, 90], [True, False], share=0.9, arrivals=8)
+    case.check(DecodeScratch.empty(2, geometry, 4096, DEVICE))
+
+
 def test_rising_scores():
     case = Case(shape(), [700], [False])
     case.q *= torch.linspace(1, 20, case.q.shape[1], device=DEVICE).view(1, -1, 1)
@@ -178,7 +272,7 @@ def test_rising_scores():
 
 @E4M3
 def test_cpu_without_interpreter_runs_the_twin(monkeypatch, e4m3):
-    case = Case(shape(torch.bfloat16, e4m3=e4m3), MIXED, ON_BUDGET)
+    case = Case(shape(torch.bfloat16, e4m3=e4m3), MIXED, ON_BUDGET, arrivals=3)
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     case.check(case.scratch())
 
@@ -187,17 +281,20 @@ def test_number_of_splits():
     geometry = dataclasses.replace(shape(torch.bfloat16, 128), num_q_heads=32, num_kv_heads=8, layer_lanes=8)
     half = dataclasses.replace(geometry, dtype=torch.uint8, model_dtype=torch.bfloat16)
     narrow = dataclasses.replace(geometry, head_dim=64)
-    for g, rows, form in (
-        (geometry, 2, (32, 1, 3, 4, None, False)),
-        (geometry, 3, (64, 2, 3, 3, None, True)),
-        (narrow, 2, (64, 2, 3, 4, None, False)),
-        (narrow, 3, (128, 4, 3, 3, None, True)),
-        (half, 2, (128, 4, 3, 3, None, False)),
+    for g, rows, form, beside in (
+        (geometry, 2, (32, 1, 3, 4, None, False), 2),
+        (geometry, 3, (64, 2, 3, 3, None, True), 3),
+        (narrow, 2, (64, 2, 3, 4, None, False), 4),
+        (narrow, 3, (128, 4, 3, 3, None, True), 3),
+        (half, 2, (128, 4, 3, 3, None, False), 3),
     ):
-        assert dataclasses.astuple(DecodeConfig.default(g, rows)) == form
+        config = DecodeConfig.default(g, rows)
+        assert dataclasses.astuple(config) == form
+        assert DecodeConfig.default(g, rows, beside=True) == dataclasses.replace(config, per_sm=beside)
     scratch = DecodeScratch(torch.empty(0), torch.empty(0), 256, 132, geometry)  # an H100
     assert scratch.splits(4, 131072) == 12
     assert scratch.splits(1, 131072) == 61
+    assert scratch.splits(1, 131072, beside=True) == 32
     assert scratch.splits(1, 100) == 1
     assert scratch.splits(64, 131072) == 3
     for n in (1, 3, 5, 17, 40, 100):
@@ -218,6 +315,12 @@ def test_refuses_bad_input():
     refused("pool: expected", pool=case.operands["pool"][:, :1])
     refused("slot_of: expected", slot_of=case.state.slot_of[:-1])
     refused("sets.slot: expected", sets=dataclasses.replace(case.state.sets, slot=case.state.sets.slot.long()))
+    page = torch.full((2, 2, 3), -1, device=DEVICE)
+    refused("arrivals.page: expected", arrivals=Arrivals(page.int(), page.int()))
+    refused("arrivals.page: expected", arrivals=Arrivals(page[:, :1], page.int()))
+    refused("arrivals.slot: expected", arrivals=Arrivals(page, page.int()[..., :1]))
+    refused("arrivals.page must be contiguous", arrivals=Arrivals(page.repeat(1, 2, 1)[:, :2], page.int()))
+    refused("arrivals have no room", arrivals=Arrivals(page[..., :0], page[..., :0].int()))
     refused("layer 2", layer=2)
     refused("multiple of 8 up to 64", geometry=dataclasses.replace(g, chunk_tokens=4))
     host = torch.zeros(case.operands["host_pages"].numel() + 1).add_(0)
@@ -230,7 +333,7 @@ def test_refuses_bad_input():
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")
 @E4M3
 def test_in_a_graph_reads_new_lengths_and_counts(e4m3):
-    case = Case(shape(torch.bfloat16, lanes=2, e4m3=e4m3), MIXED, ON_BUDGET, host_read=0.3)
+    case = Case(shape(torch.bfloat16, lanes=2, e4m3=e4m3), MIXED, ON_BUDGET, host_read=0.3, arrivals=3)
     scratch, out = case.scratch(2), torch.zeros_like(case.q)
 
     def run():
@@ -242,8 +345,13 @@ def test_in_a_graph_reads_new_lengths_and_counts(e4m3):
         run()
     want = torch.zeros_like(out, dtype=torch.float64)
     wide = case.wide()
-    rows = case.state.rows
-    for change in (lambda: None, lambda: rows.length[1:3].sub_(2), lambda: rows.length[3:4].zero_()):
+    rows, came = case.state.rows, case.arrivals.page
+    for change in (
+        lambda: None,
+        lambda: rows.length[1:3].sub_(2),
+        lambda: rows.length[3:4].zero_(),
+        lambda: came[..., 1:].fill_(-1),
+    ):
         change()
         out.zero_()
         want.zero_()

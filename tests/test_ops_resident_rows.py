@@ -140,18 +140,18 @@ def test_fetch(programs):
 @pytest.mark.parametrize("most", [1, 2, 4])
 @pytest.mark.parametrize("threshold", [0.0, 0.01])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_pick_follows_the_rule(form, lanes, most, threshold, seed):
+def test_pick_and_settle_follow_the_rule(form, lanes, most, threshold, seed):
     # So there are 2 parts, 8, and once 128.
     longest = 2**16 if (lanes, most, threshold, seed) == (1, 4, 0.01, 1) else (1024, 4096)[seed]
     case = Case(geometry(lanes), LENGTHS, BUDGET, most, threshold, seed, longest)
-    case.check(lambda: case.pick(form))
+    case.check(lambda: case.pick(form), lambda: case.settle(form))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("spare", [-4, -1, 0, 5])
 def test_of_equals_the_lowest_entry_leaves_and_the_oldest_chunk_comes(form, spare):
     case = Case(geometry(3), LENGTHS, BUDGET, 4, 0.0, max_chunks=4096, spare=5).with_ties().with_caps(spare)
-    came, gone = case.check(lambda: case.pick(form))
+    came, gone = case.check(lambda: case.pick(form), lambda: case.settle(form))
     assert came and bool(gone) == (spare < 5)
 
 
@@ -160,15 +160,16 @@ def test_of_equals_the_lowest_entry_leaves_and_the_oldest_chunk_comes(form, spar
 @pytest.mark.parametrize("most", [1, 3, 8, 32])
 @pytest.mark.parametrize("spare", [-1, 0, 2])
 @pytest.mark.parametrize("longest", [12000, 40000], ids=["", "wide-clusters"])
-def test_both_forms_of_pick_do_the_same(lanes, most, spare, longest):
+def test_both_forms_do_the_same(lanes, most, spare, longest):
     g, lengths = geometry(lanes, block=2, chunk=1, dim=8), [5000, 0, longest, 9, 640, 3, longest // 2]
     results = []
     for form in FORMS:
         case = Case(g, lengths, [True] * 7, most, 1e-5, most, max_chunks=longest).with_caps(spare)
         case.pick(form)
+        case.settle(form)
         s, scratch = case.state.sets, case.scratch
-        exact = scratch.page, scratch.slot, scratch.demanded, s.counts, s.chunk, s.slot, s.held, case.pool
-        results.append((exact, s.usage))
+        exact = scratch.page, scratch.slot, scratch.picked, scratch.demanded, s.counts, s.chunk, s.slot, s.held
+        results.append(((*exact, case.pool), s.usage))
     (triton, used), (cuda, used_cuda) = results
     torch.testing.assert_close(cuda, triton, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(used_cuda, used, rtol=1e-5, atol=0, equal_nan=True)

@@ -257,7 +257,7 @@ def test_the_cuda_kernels_compile_and_load(tmp_path):
     library = cuda_native.load(build.build_cuda(tmp_path))
     assert library.lsa_cuda_error(0) == b"no error"
     assert library.lsa_product_score_rows(*[None] + [0] * 3 + [None] * 3 + [0] * 4 + [None] * 4 + [0] + [None, 0]
-                                          + [None] * 2 + [0] * 6 + [0.0, None]) == 0  # fmt: skip
+                                          + [None] * 2 + [0] * 7 + [0.0, None]) == 0  # fmt: skip
     assert time.monotonic() - begin < 120  # about 15 s on one core
 
 

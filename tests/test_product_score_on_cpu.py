@@ -12,7 +12,7 @@ from vllm_lsa.ops.score_rows import product_arguments, score_rows_naive, score_s
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="the kernel itself is tested where there is a GPU")
 
 
-def compare(args, options, multiprocessors, orders=(0,)):
+def compare(args, options, multiprocessors, orders=(0,), per_sm=0):
     """The kernel on so many multiprocessors against the twin that rounds as it does, and against the exact one; in each
     order of its threads the same.
     """
@@ -26,7 +26,7 @@ def compare(args, options, multiprocessors, orders=(0,)):
         set_device(cells, multiprocessors, order)
         scratch = score_scratch(len(rows.length), heads, cells.shape[1], subspaces, DEVICE, "cuda").fill_(255)
         got = torch.full_like(exact, float("nan"))
-        of_call = {**options, "logits": got, "scratch": scratch}
+        of_call = {**options, "logits": got, "scratch": scratch, "per_sm": per_sm}
         assert not library().lsa_product_score_rows(*product_arguments(q, cells, rows, sets, **of_call), None)
         results.append(got)
         torch.testing.assert_close(got, results[0], rtol=0, atol=0, equal_nan=True)
@@ -49,9 +49,10 @@ def test_scores_are_the_twins(shape, multiprocessors):
 # The forms for chunks of 16 tokens and one slab: with registers to spare up to 16 rows times KV heads, and unrolled.
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("subspaces", [4, 8, 16])
-def test_both_forms_for_whole_chunks(subspaces, rows):
+@pytest.mark.parametrize("per_sm", [0, 1])
+def test_both_forms_for_whole_chunks(subspaces, rows, per_sm):
     lengths = [16 * 32 * 5 + 7, 16 * 33 + 1, 400, 17, 16 * 65][:rows]
-    compare(*product_case((4, 4, 32, subspaces, 16, 1), lengths, [True] * rows, torch.bfloat16), 6, ORDERS)
+    compare(*product_case((4, 4, 32, subspaces, 16, 1), lengths, [True] * rows, torch.bfloat16), 6, ORDERS, per_sm)
 
 
 def test_nothing_is_read_or_written_where_no_row_is_on_a_budget():
@@ -63,6 +64,6 @@ def test_nothing_is_read_or_written_where_no_row_is_on_a_budget():
     error = library().lsa_product_score_rows(
         None, 0, 0, 1, None, None, None, *cells.stride()[:3], 1, rows.token.data_ptr(), rows.length.data_ptr(),
         rows.state.data_ptr(), rows.block_table.data_ptr(), rows.block_table.stride(0), sets.pages.data_ptr(),
-        sets.pages.stride(0), None, got.data_ptr(), 3, 2, 4, 16, 32, 16, 1.0, None,
+        sets.pages.stride(0), None, got.data_ptr(), 3, 2, 4, 16, 32, 16, 0, 1.0, None,
     )  # fmt: skip
     assert not error and got.isnan().all()

@@ -54,7 +54,8 @@ struct Params {
   float2* bounds;    // [n, Hkv, passes, padded, W]: the least value of a head in a subspace, and the range from there
   float* logits;    // [state pages, Hq, 64]
   int n, kv_heads, group, subspaces, dim, chunk;
-  float factor;  // scale * log2 e
+  int most_blocks;  // on a multiprocessor; 0 for as many as fit
+  float factor;     // scale * log2 e
   // rows: subspaces of a slab, a power of two. padded: subspaces with those that fill up slabs, whose tables are 0.
   int passes, slabs, padded, rows, log_rows, width;
 };
@@ -499,7 +500,7 @@ cudaError_t launch_tables(const Params& p, bool early, cudaStream_t stream) {
 
 // How the kernel is launched on a device: found out by the first launch, for a number of tables.
 struct Shape {
-  int slabs, threads, bytes, blocks;
+  int slabs, threads, bytes, multiprocessors, blocks;
   bool early;
 };
 
@@ -525,7 +526,7 @@ cudaError_t find_shape(int device, int slabs, Shape& shape) {
   if (!error) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, bytes);
   if (error) return error;
   if (!blocks) return cudaErrorInvalidConfiguration;
-  shape = {slabs, threads, bytes, multiprocessors * blocks, major >= 9};
+  shape = {slabs, threads, bytes, multiprocessors, blocks, major >= 9};
   return cudaSuccess;
 }
 
@@ -547,7 +548,8 @@ cudaError_t launch_both(const Params& p, cudaStream_t stream) {
   error = launch_tables<W>(p, shape.early, stream);
   if (error) return error;
   const auto kernel = score<W, T, R, Once, Lean>;
-  return launch_early(kernel, dim3(shape.blocks), shape.threads, shape.bytes, shape.early, stream, p);
+  const int blocks = shape.multiprocessors * (p.most_blocks ? min(p.most_blocks, shape.blocks) : shape.blocks);
+  return launch_early(kernel, dim3(blocks), shape.threads, shape.bytes, shape.early, stream, p);
 }
 
 template <int W, int T>
@@ -568,20 +570,21 @@ cudaError_t launch(Params p, cudaStream_t stream) {
 }  // namespace lsa
 
 // Every pointer but of this list is to device memory. scratch: as `score_scratch` sizes it. Strides of q in elements,
-// of cells in bytes, of block_table and pages in entries. n is at most 1024. Returns a cudaError_t, 0 on success.
+// of cells in bytes, of block_table and pages in entries. n is at most 1024. most_blocks: on a multiprocessor, 0 for as
+// many as fit. Returns a cudaError_t, 0 on success.
 LSA_EXPORT int lsa_product_score_rows(
     const void* q, int64_t q_token_stride, int64_t q_head_stride, int q_dtype, const float* to_query,
     const float* centroids, const uint8_t* cells, int64_t block_stride, int64_t head_stride, int64_t chunk_stride,
     int per_block, const int* token, const int* length, const int* state, const int* block_table, int64_t table_stride,
     const int* pages, int64_t pages_stride, uint8_t* scratch, float* logits, int n, int kv_heads, int group,
-    int subspaces, int dim, int chunk, float factor, void* stream) {
+    int subspaces, int dim, int chunk, int most_blocks, float factor, void* stream) {
   using namespace lsa;
   if (!n) return 0;
   if (n > kMaxRows) return cudaErrorInvalidValue;
   const Params p = {q, q_token_stride, q_head_stride, q_dtype, to_query, centroids, cells, block_stride, head_stride,
                     chunk_stride, per_block, token, length, state, block_table, table_stride, pages, pages_stride,
                     reinterpret_cast<uint16_t*>(scratch), nullptr, logits, n, kv_heads, group, subspaces, dim, chunk,
-                    factor, 0, 0, 0, 0, 0, 0};
+                    most_blocks, factor, 0, 0, 0, 0, 0, 0};
   const auto on = static_cast<cudaStream_t>(stream);
   const bool wide = chunk % 16 == 0;
   if (group > 4) return launch<8, 8>(p, on);  // 16 tokens of 8 heads would not fit into the registers

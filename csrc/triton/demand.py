@@ -1,6 +1,7 @@
 """The demand of a step: what each lane's attention asks for, what comes in, what leaves. See `residency.replacement`.
 
-A lane is decided by one program, which is alone in writing the lane's list, so its scalar steps need barriers only.
+Lists change between steps only, so attention may read them while it is decided what comes. A lane is decided, and its
+list written, by one program, so its scalar steps need barriers only.
 """
 
 import triton
@@ -51,6 +52,13 @@ def advance_kernel(
 def _entry(set_pages, entry, lane, lanes, PAGE: tl.constexpr):
     """Offset of a lane's entry in the paged buffers."""
     return (tl.load(set_pages + entry // PAGE).to(tl.int64) * lanes + lane) * PAGE + entry % PAGE
+
+
+@triton.jit
+def _entries(set_pages, entry, mask, lane, lanes, PAGE: tl.constexpr):
+    """Those of some entries, where mask says so."""
+    page = tl.load(set_pages + entry // PAGE, mask=mask, other=0).to(tl.int64)
+    return (page * lanes + lane) * PAGE + entry % PAGE
 
 
 @triton.jit
@@ -207,20 +215,20 @@ def _mass(
     tl.store(where_of + place * SPLITS + part, where)
 
 
-@triton.jit(do_not_specialize=["lane_first", "sink", "recency"])
+@triton.jit(do_not_specialize=["lane_first"])
 def pick_kernel(
-    length, state, block_table, all_pages, counts, caps, entry_chunk, entry_slot, held, usage, logits,
-    wanted_of, best_of, where_of, victims, fetch_page, fetch_slot, demanded, pool,
-    host_delta, table_stride, pages_stride, lanes, lane_first, sink, recency,
+    length, state, block_table, all_pages, counts, entry_slot, held, logits,
+    wanted_of, best_of, where_of, picked, fetch_page, fetch_slot, demanded, pool,
+    host_delta, table_stride, pages_stride, lanes, lane_first,
     ELEMENTS: tl.constexpr, TILE: tl.constexpr,
     MOST: tl.constexpr, MOST_PAD: tl.constexpr, CHUNK: tl.constexpr, PER_BLOCK: tl.constexpr, PAGE: tl.constexpr,
     Q_HEADS: tl.constexpr, LANE_Q: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program for each row and lane of a layer, after `mass_kernel`: what comes, what leaves, into which slot; then
-    it copies what comes from the host.
+    """One program for each row and lane of a layer, after `mass_kernel`: what comes, into which spare slot; then it
+    copies that from the host.
 
-    victims: int32 [rows, lanes of the layer, MOST + 1], scratch. fetch_page, fetch_slot: [rows, lanes of the layer,
-    MOST], what is copied, -1 for nothing. demanded: int64 [1], counted up. ELEMENTS: of a page.
+    picked: int32 [rows, lanes, MOST], chunks that come, -1 for none. fetch_page, fetch_slot: [rows, lanes of the layer,
+    MOST], where they are and go. demanded: int64 [1], counted up. ELEMENTS: of a page.
     """
     row = tl.program_id(0)
     local = tl.program_id(1)
@@ -228,25 +236,101 @@ def pick_kernel(
     tokens = tl.load(length + row)
     mine = tl.load(state + row)
     works = (tokens > 0) & (mine >= 0)
-    # Nobody else changes them within a step.
+    # Nobody changes them before the end of the step.
     count = tl.load(counts + mine * lanes + lane, mask=works, other=0)
-    cap = tl.load(caps + mine * lanes + lane, mask=works, other=0)
     if EARLY:
         await_grid()
     place = row * tl.num_programs(1) + local
-    slots = tl.arange(0, MOST_PAD)
-    tl.store(fetch_slot + place * MOST + slots, tl.full([MOST_PAD], -1, tl.int32), mask=slots < MOST)
+    picked += (row * lanes + lane) * MOST
+    fetch_page += place * MOST
+    fetch_slot += place * MOST
+    item = tl.arange(0, MOST_PAD)
+    none = tl.full([MOST_PAD], -1, tl.int32)
+    tl.store(picked + item, none, mask=item < MOST)
+    tl.store(fetch_page + item, none.to(tl.int64), mask=item < MOST)
+    tl.store(fetch_slot + item, none, mask=item < MOST)
     if works == 0:
         return
     full = (tokens - 1) // CHUNK  # chunks that were full before this step, and the number of the tail's
     set_pages = all_pages + mine * pages_stride
-    victims += place * (MOST + 1)
     parts = tl.arange(0, SPLITS)
-    wanted = tl.sum(tl.load(wanted_of + place * SPLITS + parts), 0)
-    picks = tl.minimum(wanted, MOST)
-    over = count + picks - cap
+    picks = tl.minimum(tl.sum(tl.load(wanted_of + place * SPLITS + parts), 0), MOST)
+    if picks == 0:
+        return
+    tl.atomic_add(demanded, picks.to(tl.int64))
+    tl.debug_barrier()
+    step = 0
+    while step < picks:
+        bests = tl.load(best_of + place * SPLITS + parts)
+        wheres = tl.load(where_of + place * SPLITS + parts)
+        pick = tl.min(tl.where(bests == tl.max(bests, 0), wheres, 2147483647), 0)
+        page = tl.load(set_pages + pick // PAGE).to(tl.int64)
+        tl.store(logits + (page * Q_HEADS + local * LANE_Q) * PAGE + pick % PAGE, -1.0)
+        tl.store(held + (page * lanes + lane) * PAGE + pick % PAGE, 1)
+        tl.debug_barrier()
+        if step + 1 < picks:
+            # The split that it came from has another best one now.
+            part = pick // _split_size(full, SPLITS, PAGE)
+            first, last = _range(full, part, SPLITS, PAGE)
+            most = 0.0
+            oldest = 2147483647
+            for begin in range(first, last, BLOCK):
+                chunk = begin + tl.arange(0, BLOCK)
+                valid = chunk < last
+                page_m = tl.load(set_pages + chunk // PAGE, mask=valid, other=0).to(tl.int64)
+                at = (page_m * Q_HEADS + local * LANE_Q) * PAGE + chunk % PAGE
+                mass = tl.load(logits + at, mask=valid, other=-1.0)
+                here = tl.max(mass, 0)
+                its = tl.min(tl.where(mass == here, chunk, 2147483647), 0)
+                oldest = tl.where(here > most, its, oldest)
+                most = tl.maximum(here, most)
+            tl.store(best_of + place * SPLITS + part, most)
+            tl.store(where_of + place * SPLITS + part, oldest)
+        tl.store(picked + step, pick)
+        block = tl.load(block_table + row.to(tl.int64) * table_stride + pick // PER_BLOCK).to(tl.int64)
+        tl.store(fetch_page + step, (block * lanes + lane) * PER_BLOCK + pick % PER_BLOCK)
+        tl.store(fetch_slot + step, tl.load(entry_slot + _entry(set_pages, count + step, lane, lanes, PAGE)))
+        tl.debug_barrier()
+        step += 1
+    for come in range(picks):
+        to = tl.load(fetch_slot + come).to(tl.int64)
+        if to >= 0:
+            at = host_delta + tl.load(fetch_page + come) * ELEMENTS
+            for begin in range(0, ELEMENTS, TILE):
+                piece = begin + tl.arange(0, TILE)
+                inside = piece < ELEMENTS
+                tl.store(pool + to * ELEMENTS + piece, tl.load(pool + at + piece, mask=inside), mask=inside)
+
+
+@triton.jit(do_not_specialize=["sink", "recency"])
+def settle_kernel(
+    length, state, all_pages, counts, caps, entry_chunk, entry_slot, held, usage, picked, victims,
+    pages_stride, lanes, sink, recency,
+    MOST: tl.constexpr, MOST_PAD: tl.constexpr, CHUNK: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """One program for each row and lane of the model, at the end of a step: puts what came into the lists, and lets
+    others leave. victims: int32 [rows, lanes, MOST + 1], scratch.
+    """
+    if EARLY:
+        await_grid()
+    row = tl.program_id(0)
+    lane = tl.program_id(1)
+    tokens = tl.load(length + row)
+    mine = tl.load(state + row)
+    if tokens == 0 or mine < 0:
+        return
+    place = row * lanes + lane
+    victims += place * (MOST + 1)
+    item = tl.arange(0, MOST_PAD)
+    pick = tl.load(picked + place * MOST + item, mask=item < MOST, other=-1)
+    picks = tl.sum((pick >= 0).to(tl.int32), 0)
+    count = tl.load(counts + mine * lanes + lane)
+    over = count + picks - tl.load(caps + mine * lanes + lane)
     if (picks == 0) & (over <= 0):
         return
+    full = (tokens - 1) // CHUNK
+    set_pages = all_pages + mine * pages_stride
     leaving = 0
     if over > 0:
         # Least used first. A victim is struck off `held`, so the next search passes it by.
@@ -279,89 +363,60 @@ def pick_kernel(
                 if leaving == tl.minimum(over, MOST + 1):
                     searching = 0
                 tl.debug_barrier()
-        picks = tl.maximum(picks - tl.maximum(over - leaving, 0), 0)
 
-    tl.atomic_add(demanded, picks.to(tl.int64))
-    step = 0
-    while step < tl.maximum(picks, leaving):
-        if step < picks:
-            bests = tl.load(best_of + place * SPLITS + parts)
-            wheres = tl.load(where_of + place * SPLITS + parts)
-            pick = tl.min(tl.where(bests == tl.max(bests, 0), wheres, 2147483647), 0)
-            page = tl.load(set_pages + pick // PAGE).to(tl.int64)
-            tl.store(logits + (page * Q_HEADS + local * LANE_Q) * PAGE + pick % PAGE, -1.0)
-            tl.store(held + (page * lanes + lane) * PAGE + pick % PAGE, 1)
+    # The first ones come to where others leave, the rest before the tail, which moves up. Freed slots are spare. With
+    # less room than came, the last ones go again.
+    kept = tl.maximum(picks - tl.maximum(over - leaving, 0), 0)
+    swaps = tl.minimum(kept, leaving)
+    grown = kept - swaps
+    dropped = (item >= kept) & (item < picks)
+    tl.store(
+        held + _entries(set_pages, pick, dropped, lane, lanes, PAGE), tl.zeros([MOST_PAD], tl.uint8), mask=dropped
+    )
+    stays = item < kept
+    swap = item < swaps
+    fresh = tl.load(entry_slot + _entries(set_pages, count + item, stays, lane, lanes, PAGE), mask=stays, other=-1)
+    gap = tl.load(victims + item, mask=swap, other=0)
+    freed = tl.load(entry_slot + _entries(set_pages, gap, swap, lane, lanes, PAGE), mask=swap, other=-1)
+    last = tl.load(entry_slot + _entry(set_pages, count - 1, lane, lanes, PAGE))
+    tl.debug_barrier()
+    to = _entries(set_pages, tl.where(swap, gap, count - 1 + item - swaps), stays, lane, lanes, PAGE)
+    tl.store(entry_slot + to, fresh, mask=stays)
+    tl.store(entry_chunk + to, pick, mask=stays)
+    tl.store(entry_slot + _entries(set_pages, count + grown + item, swap, lane, lanes, PAGE), freed, mask=swap)
+    if grown > 0:
+        end = _entry(set_pages, count - 1 + grown, lane, lanes, PAGE)
+        tl.store(entry_slot + end, last)
+        tl.store(entry_chunk + end, full)
+    tl.debug_barrier()
+    now = count + grown
+    step = kept
+    while step < leaving:
+        # One less: the entry before the tail fills the gap, the tail moves down, the slot becomes spare.
+        hole = tl.load(victims + step)
+        at = _entry(set_pages, hole, lane, lanes, PAGE)
+        before = _entry(set_pages, now - 2, lane, lanes, PAGE)
+        tail = _entry(set_pages, now - 1, lane, lanes, PAGE)
+        empty = tl.load(entry_slot + at)
+        moved_slot = tl.load(entry_slot + before)
+        moved_chunk = tl.load(entry_chunk + before)
+        tail_slot = tl.load(entry_slot + tail)
+        # A later victim that has just moved is found under its new number.
+        for other in range(step + 1, leaving):
+            renamed = tl.load(victims + other)
             tl.debug_barrier()
-            if step + 1 < picks:
-                # The split that it came from has another best one now.
-                part = pick // _split_size(full, SPLITS, PAGE)
-                first, last = _range(full, part, SPLITS, PAGE)
-                most = 0.0
-                oldest = 2147483647
-                for begin in range(first, last, BLOCK):
-                    chunk = begin + tl.arange(0, BLOCK)
-                    valid = chunk < last
-                    page_m = tl.load(set_pages + chunk // PAGE, mask=valid, other=0).to(tl.int64)
-                    at = (page_m * Q_HEADS + local * LANE_Q) * PAGE + chunk % PAGE
-                    mass = tl.load(logits + at, mask=valid, other=-1.0)
-                    here = tl.max(mass, 0)
-                    its = tl.min(tl.where(mass == here, chunk, 2147483647), 0)
-                    oldest = tl.where(here > most, its, oldest)
-                    most = tl.maximum(here, most)
-                tl.store(best_of + place * SPLITS + part, most)
-                tl.store(where_of + place * SPLITS + part, oldest)
-            if step < leaving:
-                to = _entry(set_pages, tl.load(victims + step), lane, lanes, PAGE)
-            else:
-                # One more than before: the tail moves up, into the first spare entry, and keeps its slot.
-                to = _entry(set_pages, count - 1, lane, lanes, PAGE)
-                end = _entry(set_pages, count, lane, lanes, PAGE)
-                tail_slot = tl.load(entry_slot + to)
-                spare = tl.load(entry_slot + end)
-                tl.debug_barrier()
-                tl.store(entry_slot + end, tail_slot)
-                tl.store(entry_chunk + end, full)
-                tl.store(entry_slot + to, spare)
-                count += 1
-                tl.debug_barrier()
-            tl.store(entry_chunk + to, pick)
-            block = tl.load(block_table + row.to(tl.int64) * table_stride + pick // PER_BLOCK).to(tl.int64)
-            tl.store(fetch_page + place * MOST + step, (block * lanes + lane) * PER_BLOCK + pick % PER_BLOCK)
-            tl.store(fetch_slot + place * MOST + step, tl.load(entry_slot + to))
-        else:
-            # One less: the entry before the tail fills the gap, the tail moves down, the slot becomes spare.
-            gap = tl.load(victims + step)
-            at = _entry(set_pages, gap, lane, lanes, PAGE)
-            before = _entry(set_pages, count - 2, lane, lanes, PAGE)
-            tail = _entry(set_pages, count - 1, lane, lanes, PAGE)
-            freed = tl.load(entry_slot + at)
-            moved_slot = tl.load(entry_slot + before)
-            moved_chunk = tl.load(entry_chunk + before)
-            tail_slot = tl.load(entry_slot + tail)
-            # A later victim that has just moved is found under its new number.
-            for other in range(step + 1, leaving):
-                renamed = tl.load(victims + other)
-                tl.debug_barrier()
-                tl.store(victims + other, tl.where(renamed == count - 2, gap, renamed))
-            tl.debug_barrier()
-            if gap != count - 2:
-                tl.store(entry_slot + at, moved_slot)
-                tl.store(entry_chunk + at, moved_chunk)
-            tl.store(entry_slot + before, tail_slot)
-            tl.store(entry_chunk + before, full)
-            tl.store(entry_slot + tail, freed)
-            count -= 1
+            tl.store(victims + other, tl.where(renamed == now - 2, hole, renamed))
+        tl.debug_barrier()
+        if hole != now - 2:
+            tl.store(entry_slot + at, moved_slot)
+            tl.store(entry_chunk + at, moved_chunk)
+        tl.store(entry_slot + before, tail_slot)
+        tl.store(entry_chunk + before, full)
+        tl.store(entry_slot + tail, empty)
+        now -= 1
         tl.debug_barrier()
         step += 1
-    tl.store(counts + mine * lanes + lane, count)
-    for item in range(picks):
-        to = tl.load(fetch_slot + place * MOST + item).to(tl.int64)
-        if to >= 0:
-            at = host_delta + tl.load(fetch_page + place * MOST + item) * ELEMENTS
-            for begin in range(0, ELEMENTS, TILE):
-                piece = begin + tl.arange(0, TILE)
-                inside = piece < ELEMENTS
-                tl.store(pool + to * ELEMENTS + piece, tl.load(pool + at + piece, mask=inside), mask=inside)
+    tl.store(counts + mine * lanes + lane, now)
 
 
 @triton.jit(do_not_specialize=["sink", "recency"])

@@ -115,7 +115,6 @@ def attend(
     E4M3: tl.constexpr,
     WIDEN: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    STEADY: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Program (row and KV head, split): attention of the head's group over the split's share of the row's tokens.
@@ -126,8 +125,10 @@ def attend(
     split, which writes `out`; else `partial` and `lse` (base 2) are for `merge`. E4M3: pages are bytes of it, for
     devices that do not convert it; to those that do, pages are e4m3 themselves. WIDEN: products of fp32 numbers, for
     Triton's interpreter, whose `dot` takes bf16 for integers. INTERLEAVED: a split has every so many tiles, not tiles
-    in a row. STEADY: the kernel right ahead writes the newest token and nothing else that is read here, so only its
-    split waits before it reads.
+    in a row.
+
+    The kernel right ahead writes the newest token and nothing else that is read here, so only its split waits before
+    it reads.
     """
     row = tl.program_id(0) // KV_HEADS
     head = tl.program_id(0) % KV_HEADS
@@ -135,13 +136,9 @@ def attend(
     tokens = tl.load(length + row)
     set_row = tl.load(state + row)
     at = tl.load(token + row).to(tl.int64)
-    if EARLY:
-        if STEADY == 0:
-            await_grid()
     if tokens <= 0:
         if EARLY:
-            if STEADY:
-                await_grid()
+            await_grid()
         return
 
     budget = set_row >= 0
@@ -175,8 +172,7 @@ def attend(
     if DIRECT == 0:
         if begin >= end:
             if EARLY:
-                if STEADY:
-                    await_grid()
+                await_grid()
             return
 
     query = tl.load(
@@ -207,10 +203,9 @@ def attend(
         LANES, BLOCK_CHUNKS, CHUNK, SET_PAGE, PAGE_UNITS,
     )  # fmt: skip
     if EARLY:
-        if STEADY:
-            let_next_begin()
-            if split == last:
-                await_ahead()
+        let_next_begin()
+        if split == last:
+            await_ahead()
     for first in range(begin, end, step):
         t = first + tl.arange(0, TILE)
         valid = t < end
@@ -251,8 +246,7 @@ def attend(
         highest = higher
 
     if EARLY:
-        if STEADY:
-            await_ahead()
+        await_ahead()
     acc = acc / tl.where(sum_p == 0.0, 1.0, sum_p * v_factor)[:, None]
     mask = in_group[:, None] & in_dim[None, :]
     if DIRECT:
@@ -263,7 +257,7 @@ def attend(
         tl.store(lse + state_index, highest + tl.log2(sum_p), mask=in_group)
 
 
-@triton.jit(do_not_specialize=["layer", "splits"])
+@triton.jit(do_not_specialize=["layer", "host_delta", "splits"])
 def merge(
     partial,
     lse,
@@ -272,40 +266,66 @@ def merge(
     state,
     counts,
     out,
+    q,
+    pool,
+    new_page,
+    new_slot,
     out_row,
     out_head,
+    q_row,
+    q_head,
     layer,
+    host_delta,
     splits,
+    scale_log2,
+    v_factor,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
+    D_PAD: tl.constexpr,
     D_PART: tl.constexpr,
     CHUNK: tl.constexpr,
     LANES: tl.constexpr,
     LANE_HEADS: tl.constexpr,
+    VECTOR: tl.constexpr,
     TILE: tl.constexpr,
     MIN_TILES: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
+    ARRIVALS: tl.constexpr,
+    ARRIVALS_PAD: tl.constexpr,
+    NEW_TILE: tl.constexpr,
+    E4M3: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Program (row, query head, part of the head): the splits' results by log-sum-exp.
+    """Program (row, query head, part of the head): the splits' results by log-sum-exp, and attention over arrivals.
+
+    ARRIVALS: most of a lane, whose host pages and slots are in `new_page` and `new_slot`; 0 for none, where nothing
+    from `q` to `new_slot` is read. NEW_TILE: tokens of them in an iteration. The rest is as in `attend`.
 
     What `attend` did not write is not read: how many splits it used is found while it still runs, so that `lse` and
-    `partial` are under way together. What may still run beside this does not write sets: neither does `attend`, nor,
-    where that is STEADY, the kernel ahead of it.
+    `partial` are under way together. So nothing that runs from when `attend` begins until this ends may write `counts`.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
     tokens = tl.load(length + row)
     set_row = tl.where(tokens > 0, tl.load(state + row), -1)
     at = tl.load(token + row).to(tl.int64)
-    lane = layer * (KV_HEADS // LANE_HEADS) + head // GROUP // LANE_HEADS
+    lane_of_layer = head // GROUP // LANE_HEADS
+    lane = layer * (KV_HEADS // LANE_HEADS) + lane_of_layer
     total, tiles, used = divide(tokens, set_row, counts, lane, splits, LANES, CHUNK, TILE, MIN_TILES)
+    all_d = tl.arange(0, D_PAD)
+    if ARRIVALS:
+        query = tl.load(q + at * q_row + head * q_head + all_d, mask=all_d < tl.where(tokens > 0, D, 0), other=0.0)
     if EARLY:
         await_grid()
     if tokens <= 0:
         return
 
+    if ARRIVALS:
+        new_page += (row * (KV_HEADS // LANE_HEADS) + lane_of_layer) * ARRIVALS
+        new_slot += (row * (KV_HEADS // LANE_HEADS) + lane_of_layer) * ARRIVALS
+        arrival = tl.arange(0, ARRIVALS_PAD)
+        came = tl.load(new_page + arrival, mask=arrival < ARRIVALS, other=-1) >= 0
     d = tl.program_id(2) * D_PART + tl.arange(0, D_PART)
     split = tl.arange(0, SPLITS_PAD)
     index = (row * (KV_HEADS * GROUP) + head) * splits + split
@@ -317,7 +337,34 @@ def merge(
     highest = tl.max(part, 0)
     weight = tl.exp2(part - tl.where(highest == float("-inf"), 0.0, highest))
     total_weight = tl.sum(weight, 0)
-    result = tl.sum(value * weight[:, None], 0) / tl.where(total_weight == 0.0, 1.0, total_weight)
+    acc = tl.sum(value * weight[:, None], 0)
+    if ARRIVALS:
+        V_OFFSET: tl.constexpr = LANE_HEADS * CHUNK * D
+        PAGE_UNITS: tl.constexpr = 2 * V_OFFSET // VECTOR
+        ROW_UNITS: tl.constexpr = D // VECTOR
+        head_units = (head // GROUP % LANE_HEADS) * (CHUNK * ROW_UNITS)
+        end = tl.sum(came.to(tl.int32), 0) * CHUNK
+        for first in range(0, end, NEW_TILE):
+            t = first + tl.arange(0, NEW_TILE)
+            valid = t < end
+            page = tl.load(new_page + t // CHUNK, mask=valid, other=0)
+            slot = tl.load(new_slot + t // CHUNK, mask=valid, other=0).to(tl.int64)
+            unit = tl.where(slot >= 0, slot * PAGE_UNITS, host_delta + page * PAGE_UNITS)
+            at_key = pool + ((unit + head_units + (t % CHUNK) * ROW_UNITS) * VECTOR)[:, None]
+            key = tl.load(at_key + all_d[None, :], mask=valid[:, None] & (all_d < D)[None, :], other=0.0)
+            new = tl.load(at_key + V_OFFSET + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
+            if E4M3:
+                key = widen(key)
+                new = widen(new)
+            logits = tl.sum(key.to(tl.float32) * query.to(tl.float32)[None, :], 1) * scale_log2
+            logits = tl.where(valid, logits, float("-inf"))
+            higher = tl.maximum(highest, tl.max(logits, 0))  # finite: the first token of a tile is valid
+            decay = tl.exp2(highest - higher)
+            p = tl.exp2(logits - higher)
+            total_weight = total_weight * decay + tl.sum(p, 0)
+            acc = acc * decay + tl.sum(new.to(tl.float32) * p[:, None], 0) / v_factor
+            highest = higher
+    result = acc / tl.where(total_weight == 0.0, 1.0, total_weight)
     tl.store(out + at * out_row + head * out_head + d, result.to(out.dtype.element_ty), mask=d < D)
 
 

@@ -91,7 +91,10 @@ class DeviceControl:
         self._sets = sets
         self._refresh = refresh
         self._fetch = fetch
-        self._shares = Shares(config, geometry, pool.num_slots, layer_weights, lambda caps: 1 + _spares(caps))
+        self._beside = 1 + most_arrivals(config)
+        self._shares = Shares(
+            config, geometry, pool.num_slots, layer_weights, lambda caps: self._beside + _spares(caps)
+        )
         self._free_rows = list(range(rows - 1, -1, -1))
         self._free_sets = list(range(sets.counts.shape[0] - 1, -1, -1))
         self._free_pages = list(range(sets.chunk.shape[0] - 1, -1, -1))
@@ -223,10 +226,8 @@ class DeviceControl:
         need = self._state_pages(self._geometry.chunks(request.length)) - len(state.pages)
         return need <= len(self._free_pages)
 
-    @staticmethod
-    def _state_pages(chunks: int) -> int:
-        """State pages for that many chunks: a lane owns at most one slot more than there are chunks."""
-        return -(-(chunks + 1) // PAGE)
+    def _state_pages(self, chunks: int) -> int:
+        return state_pages(self._config, chunks)
 
     def _found(self, request: Request, state: _State) -> None:
         """A set that holds the tail alone, if that has begun, and otherwise nothing: the tail is then about to."""
@@ -261,12 +262,12 @@ class DeviceControl:
             sets.usage[where] = 0
         caps = self._shares.caps(chunks)
         sets.caps[state.set_row] = self._upload(caps.astype(np.int32))
-        # One more than the cap: a new tail comes before what makes room for it leaves.
-        lane, entry = _more(state.owned_counts, caps + 1)
+        # More than the cap: a new tail, and what a step demands, come before what makes room for them leaves.
+        lane, entry = _more(state.owned_counts, caps + self._beside)
         pages = np.array(state.pages, np.int64)
         at = (pages[entry // PAGE] * lanes + lane) * PAGE + entry % PAGE
         self._own(state, sets.slot, at)
-        state.owned_counts = np.maximum(state.owned_counts, caps + 1)
+        state.owned_counts = np.maximum(state.owned_counts, caps + self._beside)
         lane, entry = _more(state.spare_counts, _spares(caps))
         self._own(state, self._refresh.slot, (state.set_row * lanes + lane) * NEXT + entry)
         state.spare_counts = np.maximum(state.spare_counts, _spares(caps))
@@ -287,6 +288,16 @@ class DeviceControl:
     def _upload(self, array: np.ndarray) -> torch.Tensor:
         # From pageable memory, which is read before the call returns, and without waiting for the device.
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._sets.counts.device, non_blocking=True)
+
+
+def most_arrivals(config: LsaConfig) -> int:
+    """Chunks that a step's demand may bring to a lane."""
+    return 0 if config.demand == "off" else config.demand_chunks
+
+
+def state_pages(config: LsaConfig, chunks: int) -> int:
+    """State pages for a request of so many chunks, and for its lists: tail and arrivals come before others leave."""
+    return -(-(chunks + 1 + most_arrivals(config)) // PAGE)
 
 
 def _spares(caps: np.ndarray) -> np.ndarray:

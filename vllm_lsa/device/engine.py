@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from vllm_lsa.config import LsaConfig
-from vllm_lsa.device.control import DeviceControl, Selection
+from vllm_lsa.device.control import DeviceControl, Selection, state_pages
 from vllm_lsa.device.history import FEW, TILE_TOKENS, History, HistoryReader
 from vllm_lsa.device.plan import DevicePlan, PrefillPlan
 from vllm_lsa.device.prefill import PrefillAttention, TorchPrefill
 from vllm_lsa.device.selection import apply_selection, by_chunk, first_step, write_by_chunk
+from vllm_lsa.device.side import SideStream
 from vllm_lsa.device.stalls import StallClock
 from vllm_lsa.device.state import PAGE, DeviceRefresh, DeviceRows, DeviceSets, DeviceTails
 from vllm_lsa.device.support import require_supported
@@ -25,7 +26,7 @@ from vllm_lsa.metrics import MetricsWriter
 from vllm_lsa.ops import resident_rows as ops
 from vllm_lsa.ops.e4m3 import UNSCALED
 from vllm_lsa.ops.encode_rows import LayerCells, ProductCodec, encode_chunks, encode_decoded, encode_pages, of_layer
-from vllm_lsa.ops.resident_decode import DecodeScratch, resident_decode
+from vllm_lsa.ops.resident_decode import Arrivals, DecodeScratch, leaves_room, resident_decode
 from vllm_lsa.ops.score_rows import score_rows, score_scratch
 from vllm_lsa.residency.plan import Row
 from vllm_lsa.residency.policies.base import ScoreInput
@@ -74,7 +75,7 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         self.pool.track()
         self._cells = list(cells)
         chunks = g.chunks(self._max_model_len)
-        row_pages = -(-(chunks + 1) // PAGE)
+        row_pages = state_pages(config, chunks)
         host_chunks = self.store.num_blocks * g.chunks_per_block
         # Live requests share blocks only by common prefixes: twice their chunks is room for many of those.
         num_pages = min(rows * row_pages, 2 * host_chunks // PAGE + 2 * rows)
@@ -82,6 +83,7 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         self.refresh = DeviceRefresh.empty(rows, num_pages, g, device)
         self._tails = DeviceTails.empty(rows, g, device)
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._beside = SideStream(device)
         self._copied: torch.cuda.Event | None = None
         self._stalls = StallClock(device)
         # Rows of 16 bytes: Triton compiles a kernel anew for a pointer that lies differently.
@@ -435,24 +437,32 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         assert self.store is not None
         g, config, rows, sets = self.geometry, self.config, plan.rows, self.sets
         pool, host, scales = self.pool.pages, self.store.pages, self.kv_scales[layer]
+        wanted, n = self._wanted, len(rows.length)
         index = self._demand.index if plan.demands else None
+        arrivals = None
         if index is not None:
             cells = self.layout.part(self._cells[layer], index)
             tables: dict[str, Any] = {}
             if isinstance(index, ProductIndex):
                 t = index.tables
                 tables = {"to_query": t.to_query[layer], "centroids": t.centroids[layer], "scratch": self._tables}
-            score_rows(q, cells, rows, sets, g.chunk_tokens, self._scale, self._wanted.logits, **tables)
-            ops.pick(
-                rows, sets, self._wanted, layer, g, pool, host,
-                sink=config.sink_chunks, recency=config.recency_chunks, threshold=config.demand_threshold, decay=DECAY,
-            )  # fmt: skip
+            # Beside attention over the set as it was; what comes is attended to when both are done.
+            with self._beside.fork():
+                score_rows(
+                    q, cells, rows, sets, g.chunk_tokens, self._scale, wanted.logits, **tables,
+                    per_sm=1 if leaves_room(g, n) else 0,
+                )  # fmt: skip
+                ops.pick(rows, sets, wanted, layer, g, pool, host, threshold=config.demand_threshold, decay=DECAY)
+            arrivals = Arrivals(wanted.page[:n], wanted.slot[:n])
         if self.tracer is not None:
+            self._beside.join()
             self.tracer(layer, plan)
         resident_decode(
             q, pool, host, rows, self._slot_of, sets, layer, g, self._scale, out, self._scratch, scales=scales,
-            steady=index is None,
+            arrivals=arrivals, join=self._beside.join,
         )  # fmt: skip
+        if arrivals is not None and layer == g.num_layers - 1:
+            ops.settle(rows, sets, wanted, g, sink=config.sink_chunks, recency=config.recency_chunks)
 
     def _attend_prompts(
         self, plan: PrefillPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor

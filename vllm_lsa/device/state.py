@@ -64,7 +64,7 @@ class DeviceSets:
 
     pages: int32 [rows, P], state pages of each row.
     counts: int32 [rows, lanes], entries in use. The entries from there up to what the row owns are spare: their slots
-    belong to the lane and hold nothing.
+    belong to the lane and hold nothing, but what a step's demand brought until the end of the step.
     caps: int32 [rows, lanes], most entries that the lane may use after a step.
     chunk, slot: int32 [pages, lanes, PAGE], by entry. The last entry in use is the tail, the chunk that the row's next
     token goes to; the others are full, in no order. A slot of -1 says that the chunk is read from its host page.

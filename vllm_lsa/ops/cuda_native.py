@@ -16,17 +16,18 @@ from vllm_lsa.ops.native import require
 logger = logging.getLogger("vllm_lsa")
 Form = Literal["cuda", "triton"]
 """Kernels that there are in CUDA C++ and, for where that was not built or does not run, in Triton."""
+_SETS = [*[c_void_p] * 3, c_int64, *[c_void_p] * 7, *[c_int] * 6]
 _SIGNATURES: dict[str, tuple[type, Sequence[type]]] = {
     "lsa_product_score_rows": (
         c_int,
         [c_void_p, c_int64, c_int64, c_int, *[c_void_p] * 3, *[c_int64] * 3, c_int, *[c_void_p] * 4, c_int64]
-        + [c_void_p, c_int64, c_void_p, c_void_p, *[c_int] * 6, c_float, c_void_p],
+        + [c_void_p, c_int64, c_void_p, c_void_p, *[c_int] * 7, c_float, c_void_p],
     ),
     "lsa_demand": (
         c_int,
-        [*[c_void_p] * 3, c_int64, c_void_p, c_int64, *[c_void_p] * 11, *[c_int64] * 2]
-        + [*[c_int] * 10, *[c_float] * 2, c_void_p],
+        [*_SETS, c_void_p, c_int64, *[c_void_p] * 5, *[c_int64] * 2, *[c_int] * 4, *[c_float] * 2, c_void_p],
     ),
+    "lsa_settle": (c_int, [*_SETS, c_void_p]),
     "lsa_cuda_error": (c_char_p, [c_int]),
 }
 

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -20,6 +21,29 @@ _FEW_LANES = 16
 """Decode rows times KV heads that are few."""
 _MERGE_ELEMENTS = 2048
 """Elements of `partial` that a program of the merge reads: for a single row, some 8 KB on each multiprocessor."""
+_NEW_TILE_ELEMENTS = 4096
+"""Elements of K that a program of the merge reads of arrivals in an iteration."""
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """Full chunks that rows on a budget attend to in one layer beside their sets, up to M in each lane.
+
+    page: int64 [n, layer_lanes, M], host pages; -1 from the number that came on, and everywhere in whole and empty
+    rows. slot: int32 [n, layer_lanes, M], where in the pool the copies of those lie, -1 for none: then host pages are
+    read.
+    """
+
+    page: torch.Tensor
+    slot: torch.Tensor
+
+
+def leaves_room(geometry: KVGeometry, rows: int) -> bool:
+    """Whether attention with demand beside it leaves that room on each multiprocessor: with few rows and wide heads,
+    where one program of the scores on each is worth more than two on some. Measured on an H200 for 1 x 128K.
+    """
+    row_bytes = power_of_two(geometry.head_dim) * geometry.dtype.itemsize
+    return row_bytes == 256 and geometry.compute_dtype.itemsize == 2 and rows * geometry.num_kv_heads <= _FEW_LANES
 
 
 @dataclass(frozen=True)
@@ -39,14 +63,14 @@ class DecodeConfig:
     interleaved: bool = False
 
     @classmethod
-    def default(cls, geometry: KVGeometry, rows: int = 1) -> "DecodeConfig":
-        """For so many decode rows on Hopper, measured on an H200 for heads of 64 and 128.
+    def default(cls, geometry: KVGeometry, rows: int = 1, beside: bool = False) -> "DecodeConfig":
+        """For so many decode rows on Hopper, measured on an H200 for heads of 64 and 128. beside: demand is beside it.
 
-        With few rows small tiles begin sooner. Else three programs a multiprocessor, each with 64 KiB of K and V under
-        way, whose shared memory is no room for more: four that leave some are not dealt out evenly. A warp for every
-        32 tokens: where threads outnumber the tile's tokens, Triton looks a token's page up in every thread that needs
-        it, at twice the instructions. Wide heads and fp32, where it matters less, want the registers. Pages of e4m3
-        want more warps, which turn them into 16 bits.
+        With few rows small tiles begin sooner; those of wide heads leave room for what runs beside them. Else three
+        programs a multiprocessor, each with 64 KiB of K and V under way, whose shared memory is no room for more: four
+        that leave some are not dealt out evenly. A warp for every 32 tokens: where threads outnumber the tile's tokens,
+        Triton looks a token's page up in every thread that needs it, at twice the instructions. Wide heads and fp32,
+        where it matters less, want the registers. Pages of e4m3 want more warps, which turn them into 16 bits.
         """
         elements, size = 2 * power_of_two(geometry.head_dim), geometry.compute_dtype.itemsize
         if size == 2 and elements <= 256:
@@ -54,7 +78,8 @@ class DecodeConfig:
                 return cls(tile=128, warps=4, stages=3, per_sm=3)
             if rows * geometry.num_kv_heads <= _FEW_LANES:
                 tile = min(64, 2**13 // elements)
-                return cls(tile=tile, warps=tile // 32, stages=3, per_sm=4)
+                room = beside and leaves_room(geometry, rows)
+                return cls(tile=tile, warps=tile // 32, stages=3, per_sm=2 if room else 4)
             tile = min(128, 2**14 // elements)
             return cls(tile=tile, warps=tile // 32, stages=3, per_sm=3, interleaved=True)
         return cls(tile=max(16, 2**16 // size // (elements * size)), warps=4, stages=3, per_sm=2)
@@ -89,22 +114,23 @@ class DecodeScratch:
         sms = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
         none = torch.empty(0, dtype=torch.float32, device=device)
         scratch = cls(none, none, rows, sms, geometry, config)
-        states = geometry.num_q_heads * max(n * scratch.splits(n, max_length) for n in range(1, rows + 1))
+        most = max(n * scratch.splits(n, max_length, b) for n in range(1, rows + 1) for b in (False, True))
+        states = geometry.num_q_heads * most
         scratch.partial, scratch.lse = none.new_empty(states * geometry.head_dim), none.new_empty(states)
         return scratch
 
-    def form(self, n: int) -> DecodeConfig:
-        """How the kernel is launched for n rows."""
-        return self.config or DecodeConfig.default(self.geometry, n)
+    def form(self, n: int, beside: bool = False) -> DecodeConfig:
+        """How the kernel is launched for n rows. beside: with demand beside it."""
+        return self.config or DecodeConfig.default(self.geometry, n, beside)
 
-    def splits(self, n: int, max_length: int) -> int:
+    def splits(self, n: int, max_length: int, beside: bool = False) -> int:
         """Splits of each of n rows of up to `max_length` tokens: the fewest, up to 64, that keep the device about as
         busy as any number does.
 
         Programs run in waves of as many as fit; what counts is how full the waves are on average. A lower `max_length`
         never gives more splits, so that scratch for the longest rows is enough for all.
         """
-        config = self.form(n)
+        config = self.form(n, beside)
         if config.splits is not None:
             return config.splits
         most = max(1, min(64, max_length // _SPLIT_TOKENS))
@@ -128,7 +154,8 @@ def resident_decode(
     scratch: DecodeScratch,
     max_length: int | None = None,
     scales: KVScales = UNSCALED,
-    steady: bool = False,
+    arrivals: Arrivals | None = None,
+    join: Callable[[], None] | None = None,
 ) -> None:
     """Attention of one query token per row over the row's chunks in `layer`, written to `out`.
 
@@ -142,58 +169,76 @@ def resident_decode(
     the tail. A chunk without a slot is read from its host page. Rows of length 0, entries from counts on and tokens
     from length on are never read. Sums are fp32. Nothing is allocated or read back: fit for a CUDA graph.
 
-    The kernel may begin before the one ahead of it on the stream has ended: that one must not write `rows`; and with
-    `steady` nothing that is read here but K and V of the rows' newest tokens, so that all others are read beside it.
+    The kernel may begin before the one ahead of it on the stream has ended: that one must write nothing that is read
+    here but K and V of the rows' newest tokens.
+
+    arrivals: what this step's demand took in, which rows on a budget attend to as well. It may be filled while the sets
+    are read, which do not change until all of this has ended. join: called once, after what reads the sets was launched
+    and before what reads arrivals is: there the stream waits for those who fill them.
 
     On CPU tensors this is `resident_decode_naive`, unless the kernels were loaded in Triton's interpreter. Raises
     ValueError on a bad shape, dtype, stride or address; what only the device knows is not checked.
     """
-    kernels = sys.modules.get(_KERNELS)
+    kernels, join = sys.modules.get(_KERNELS), join or _nothing
     if q.device.type == "cpu":
         if kernels is None or not kernels.INTERPRETED:
-            return resident_decode_naive(q, pool, host_pages, rows, slot_of, sets, layer, geometry, scale, out, scales)
+            join()
+            return resident_decode_naive(
+                q, pool, host_pages, rows, slot_of, sets, layer, geometry, scale, out, scales, arrivals
+            )
     elif q.device.type != "cuda":
         raise unsupported(q.device)
     kernels = kernels or import_module(_KERNELS)
 
     n = rows.length.shape[0]
     if n == 0:
-        return
-    _check(q, pool, host_pages, rows, slot_of, sets, layer, geometry, out)
+        return join()
+    _check(q, pool, host_pages, rows, slot_of, sets, layer, geometry, out, arrivals)
     kv_heads, q_heads, dim = geometry.num_kv_heads, geometry.num_q_heads, geometry.head_dim
     max_length = max_length or rows.block_table.shape[1] * geometry.block_tokens
-    splits, config = scratch.splits(n, max_length), scratch.form(n)
+    beside = arrivals is not None
+    splits, config = scratch.splits(n, max_length, beside), scratch.form(n, beside)
     require(
         n * q_heads * splits * dim <= scratch.partial.numel() and n * q_heads * splits <= scratch.lse.numel(),
         f"the scratch is for {scratch.rows} rows and shorter ones: {n} rows of {max_length} tokens do not fit",
     )
-    dim_pad, group = power_of_two(dim), q_heads // kv_heads
+    dim_pad, group, direct = power_of_two(dim), q_heads // kv_heads, splits == 1 and not beside
     min_tiles = max(1, _SPLIT_TOKENS // config.tile)
     by_bits = geometry.quantised and not has_e4m3(pool.device)
     pages = pool.view(torch.float8_e4m3fn) if geometry.quantised and not by_bits else pool
+    vector = 16 // geometry.dtype.itemsize
+    host_delta = (host_pages.data_ptr() - pool.data_ptr()) // 16
+    scale_log2, v_factor = scale * scales.k * math.log2(math.e), 1.0 / scales.v
     kernels.attend[(n * kv_heads, splits)](
         q, pages, rows.token, rows.length, rows.state, rows.block_table, slot_of,
         sets.pages, sets.counts, sets.chunk, sets.slot, out, scratch.partial, scratch.lse,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), rows.block_table.stride(0), sets.pages.stride(0),
-        layer, (host_pages.data_ptr() - pool.data_ptr()) // 16, splits,
-        scale * scales.k * math.log2(math.e), 1.0 / scales.v,
+        layer, host_delta, splits, scale_log2, v_factor,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, power_of_two(group)), D=dim, D_PAD=dim_pad,
         CHUNK=geometry.chunk_tokens, BLOCK_CHUNKS=geometry.chunks_per_block, LANES=geometry.num_lanes,
-        LANE_HEADS=geometry.lane_heads, SET_PAGE=PAGE, VECTOR=16 // geometry.dtype.itemsize, TILE=config.tile,
-        MIN_TILES=min_tiles, DIRECT=splits == 1, E4M3=by_bits, WIDEN=kernels.INTERPRETED and q.dtype == torch.bfloat16,
-        INTERLEAVED=config.interleaved, STEADY=steady, num_warps=config.warps, num_stages=config.stages,
-        **early(pool.device),
+        LANE_HEADS=geometry.lane_heads, SET_PAGE=PAGE, VECTOR=vector, TILE=config.tile,
+        MIN_TILES=min_tiles, DIRECT=direct, E4M3=by_bits, WIDEN=kernels.INTERPRETED and q.dtype == torch.bfloat16,
+        INTERLEAVED=config.interleaved, num_warps=config.warps, num_stages=config.stages, **early(pool.device),
     )  # fmt: skip
-    if splits > 1:
+    join()
+    if not direct:
         splits_pad = power_of_two(splits)
+        new_page, new_slot = (arrivals.page, arrivals.slot) if arrivals else (None, None)
+        most = arrivals.page.shape[2] if arrivals else 0
         dim_part = min(dim_pad, max(32, _MERGE_ELEMENTS // splits_pad))
         kernels.merge[(n, q_heads, dim_pad // dim_part)](
             scratch.partial, scratch.lse, rows.token, rows.length, rows.state, sets.counts, out,
-            out.stride(0), out.stride(1), layer, splits,
-            KV_HEADS=kv_heads, GROUP=group, D=dim, D_PART=dim_part, CHUNK=geometry.chunk_tokens,
-            LANES=geometry.num_lanes, LANE_HEADS=geometry.lane_heads, TILE=config.tile, MIN_TILES=min_tiles,
-            SPLITS_PAD=splits_pad, num_warps=4, **early(pool.device),
+            q, pages, new_page, new_slot, out.stride(0), out.stride(1), q.stride(0), q.stride(1),
+            layer, host_delta, splits, scale_log2, v_factor,
+            KV_HEADS=kv_heads, GROUP=group, D=dim, D_PAD=dim_pad, D_PART=dim_part, CHUNK=geometry.chunk_tokens,
+            LANES=geometry.num_lanes, LANE_HEADS=geometry.lane_heads, VECTOR=vector, TILE=config.tile,
+            MIN_TILES=min_tiles, SPLITS_PAD=splits_pad, ARRIVALS=most, ARRIVALS_PAD=power_of_two(most),
+            NEW_TILE=max(16, _NEW_TILE_ELEMENTS // dim_pad), E4M3=by_bits, num_warps=4, **early(pool.device),
         )  # fmt: skip
+
+
+def _nothing() -> None:
+    pass
 
 
 def _check(
@@ -206,6 +251,7 @@ def _check(
     layer: int,
     geometry: KVGeometry,
     out: torch.Tensor,
+    arrivals: Arrivals | None,
 ) -> None:
     dtype, device, dim, chunk = geometry.compute_dtype, q.device, geometry.head_dim, geometry.chunk_tokens
     require(dtype in DTYPES, f"dtype {dtype} is none of float32, bfloat16, float16")
@@ -241,6 +287,12 @@ def _check(
     for name, (x, shape) in fixed.items():
         require_tensor(name, x, shape, torch.int32, device)
         require(x.is_contiguous(), f"{name} must be contiguous")
+    if arrivals is not None:
+        most = arrivals.page.shape[-1]
+        require(most > 0, "arrivals have no room for one in a lane")
+        for name, x, kind in (("page", arrivals.page, torch.int64), ("slot", arrivals.slot, torch.int32)):
+            require_tensor(f"arrivals.{name}", x, (n, geometry.layer_lanes, most), kind, device)
+            require(x.is_contiguous(), f"arrivals.{name} must be contiguous")
 
 
 def resident_decode_naive(
@@ -255,6 +307,7 @@ def resident_decode_naive(
     scale: float,
     out: torch.Tensor,
     scales: KVScales = UNSCALED,
+    arrivals: Arrivals | None = None,
 ) -> None:
     """Twin of `resident_decode`, lane by lane; float64 tensors give float64 results."""
     chunk, heads, group = geometry.chunk_tokens, geometry.lane_heads, geometry.num_q_heads // geometry.num_kv_heads
@@ -268,17 +321,30 @@ def resident_decode_naive(
         for i in range(geometry.layer_lanes):
             lane = layer * geometry.layer_lanes + i
             chunks, slots = _entries(rows.block_table[row], length, state, slot_of, sets, lane, geometry)
-            kv = pool.new_empty(len(chunks), *geometry.page_shape)
-            resident = slots >= 0
-            kv[resident] = pool[slots[resident]]
-            absent = host_page(rows.block_table[row], chunks[~resident], lane, geometry)
-            kv[~resident] = host_pages[absent.to(host_pages.device)].to(kv.device)
+            pages = host_page(rows.block_table[row], chunks, lane, geometry)
             tokens = (len(chunks) - 1) * chunk + (length - 1) % chunk + 1
-            keys, values = kv.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :tokens]
+            kv = _read(pool, host_pages, pages, slots)[:, :, :tokens]
+            if arrivals is not None:
+                came = arrivals.page[row, i] >= 0
+                new = _read(pool, host_pages, arrivals.page[row, i, came], arrivals.slot[row, i, came].long())
+                kv = torch.cat([kv, new], 2)
+            keys, values = kv
             keys, values = scales.k * unscaled(keys, wide), scales.v * unscaled(values, wide)
             weights = (scale * torch.einsum("hgd,htd->hgt", query[i], keys)).softmax(-1)
             part = torch.einsum("hgt,htd->hgd", weights, values).flatten(0, 1)
             out[token, i * heads * group : (i + 1) * heads * group] = part.to(out.dtype)
+
+
+def _read(pool: torch.Tensor, host_pages: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """[2, lane_heads, N * C, D] on the device of pages that lie in slots, or in the host store where a slot is -1.
+
+    pages, slots: int64 [N].
+    """
+    kv = pool.new_empty(len(slots), *pool.shape[1:])
+    resident = slots >= 0
+    kv[resident] = pool[slots[resident]]
+    kv[~resident] = host_pages[pages[~resident].to(host_pages.device)].to(kv.device)
+    return kv.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
 def _entries(

@@ -134,14 +134,16 @@ def advance(
 
 @dataclass
 class DemandScratch:
-    """What demand needs beside the sets, for up to n rows: what was copied, and room for the search.
+    """What demand needs beside the sets, for up to n rows: what came, and room for the search.
 
-    victims: int32 [n, G, most + 1]. page: int64 [n, G, most], slot: int32 [n, G, most], -1 where nothing was copied.
-    demanded: int64 [1], chunks since the start. logits: fp32 [state pages, Hq, PAGE]. The chunks of a row are
-    looked at in up to `splits` parts: top, total: fp32 [n, G, heads of a lane padded to a power of two, splits];
-    wanted, where: int32 [n, G, splits], best: fp32.
+    page: int64 [n, G, most], slot: int32 [n, G, most]: of the last layer, host pages of what came, -1 for none, and the
+    slots that they were copied into, -1 where there was none. picked: int32 [n, lanes, most], chunks that came, of all
+    layers, -1 for none. victims: int32 [n, lanes, most + 1]. demanded: int64 [1], chunks since the start. logits: fp32
+    [state pages, Hq, PAGE]. The chunks of a row are looked at in up to `splits` parts: top, total: fp32 [n, G, heads of
+    a lane padded to a power of two, splits]; wanted, where: int32 [n, G, splits], best: fp32.
     """
 
+    picked: torch.Tensor
     victims: torch.Tensor
     page: torch.Tensor
     slot: torch.Tensor
@@ -166,8 +168,9 @@ class DemandScratch:
             return torch.zeros(rows, lanes, *shape, splits, dtype=dtype, device=device)
 
         return cls(
-            victims=torch.zeros(rows, lanes, most + 1, dtype=torch.int32, device=device),
-            page=torch.zeros(rows, lanes, most, dtype=torch.int64, device=device),
+            picked=torch.full((rows, geometry.num_lanes, most), -1, dtype=torch.int32, device=device),
+            victims=torch.zeros(rows, geometry.num_lanes, most + 1, dtype=torch.int32, device=device),
+            page=torch.full((rows, lanes, most), -1, dtype=torch.int64, device=device),
             slot=torch.full((rows, lanes, most), -1, dtype=torch.int32, device=device),
             demanded=torch.zeros(1, dtype=torch.int64, device=device),
             logits=torch.zeros(num_pages, geometry.num_q_heads, PAGE, dtype=torch.float32, device=device),
@@ -196,19 +199,18 @@ def pick(
     pool: torch.Tensor,
     host_pages: torch.Tensor,
     *,
-    sink: int,
-    recency: int,
     threshold: float,
     decay: float,
     block: int = SPLIT_CHUNKS,
     form: Form | None = None,
 ) -> None:
-    """For each lane of a layer: note usage, take in the chunks with most mass, let the least used leave.
+    """For each lane of a layer: note usage, and take in the chunks with most mass, the oldest one of equals first.
 
-    scratch.logits holds the scores of the rows' full chunks and is overwritten; scratch.page and scratch.slot say what
-    was copied from the host pages into the pool. sink, recency: chunks that never leave. block: chunks that a program
-    of Triton looks at at a time. The rule is `Replacement.choose`; of equals the lowest entry leaves and the oldest
-    chunk comes. form: `demand_form` if None, or "triton" for more than the CUDA kernel takes.
+    scratch.logits holds the scores of the rows' full chunks and is overwritten. What comes is copied from the host
+    pages into slots that the lane has to spare, as scratch.page and scratch.slot say; `settle` puts it into the list.
+    Until then no list changes, so attention may read them beside this. A lane of a row on a budget must own as many
+    slots beyond those in use as chunks may come. block: chunks that a program of Triton looks at at a time. form:
+    `demand_form` if None, or "triton" for more than the CUDA kernel takes.
 
     Raises LsaError if CUDA refuses the launch.
     """
@@ -216,13 +218,9 @@ def pick(
     if not n:
         return
     per_lane, most = g.num_q_heads // g.layer_lanes, scratch.slot.shape[2]
-    if form is None:
-        fits = most <= CUDA_MOST and per_lane <= CUDA_HEADS and sets.pages.shape[1] <= CUDA_PAGES
-        form = demand_form(pool.device) if fits else "triton"
-    if form == "cuda":
+    if (form or _form(sets, scratch, per_lane)) == "cuda":
         arguments = demand_arguments(
-            rows, sets, scratch, layer, g, pool, host_pages,
-            sink=sink, recency=recency, threshold=threshold, decay=decay,
+            rows, sets, scratch, layer, g, pool, host_pages, threshold=threshold, decay=decay
         )  # fmt: skip
         launch(built_library(), "lsa_demand", *arguments)
         return
@@ -245,29 +243,76 @@ def pick(
         **shape, LANE_Q_PAD=heads, num_warps=4, **early(pool.device),
     )  # fmt: skip
     demand.pick_kernel[grid](
-        rows.length, rows.state, rows.block_table, sets.pages, sets.counts, sets.caps, sets.chunk, sets.slot, sets.held,
-        sets.usage, scratch.logits, scratch.wanted, scratch.best, scratch.where, scratch.victims, scratch.page,
-        scratch.slot, scratch.demanded, pool, host_delta(pool, host_pages), rows.block_table.stride(0), stride,
-        g.num_lanes, first, sink, recency,
+        rows.length, rows.state, rows.block_table, sets.pages, sets.counts, sets.slot, sets.held, scratch.logits,
+        scratch.wanted, scratch.best, scratch.where, scratch.picked, scratch.page, scratch.slot, scratch.demanded, pool,
+        host_delta(pool, host_pages), rows.block_table.stride(0), stride, g.num_lanes, first,
         **shape, ELEMENTS=pool[0].numel(), TILE=min(COPY_TILE, power_of_two(pool[0].numel())),
         MOST=most, MOST_PAD=power_of_two(most), PER_BLOCK=g.chunks_per_block, num_warps=4, **early(pool.device),
     )  # fmt: skip
 
 
+def _form(sets: DeviceSets, scratch: DemandScratch, heads: int) -> Form:
+    fits = scratch.slot.shape[2] <= CUDA_MOST and heads <= CUDA_HEADS and sets.pages.shape[1] <= CUDA_PAGES
+    return demand_form(sets.pages.device) if fits else "triton"
+
+
+def settle(
+    rows: DeviceRows,
+    sets: DeviceSets,
+    scratch: DemandScratch,
+    geometry: KVGeometry,
+    *,
+    sink: int,
+    recency: int,
+    block: int = 1024,
+    form: Form | None = None,
+) -> None:
+    """Once a step, after the `pick` of all layers: put what came into the lists, and let the least used leave.
+
+    The rule is `Replacement.choose`; of equals the lowest entry leaves, and at most one more than may come. sink,
+    recency: chunks that never leave. Where these leave no room, what came with least mass goes again. block, form: as
+    for `pick`. Raises LsaError if CUDA refuses the launch.
+    """
+    g, n = geometry, len(rows.length)
+    if not n:
+        return
+    if (form or _form(sets, scratch, g.num_q_heads // g.layer_lanes)) == "cuda":
+        launch(built_library(), "lsa_settle", *settle_arguments(rows, sets, scratch, g, sink=sink, recency=recency))
+        return
+    from vllm_lsa.kernels.demand import settle_kernel
+
+    most = scratch.picked.shape[2]
+    settle_kernel[(n, g.num_lanes)](
+        rows.length, rows.state, sets.pages, sets.counts, sets.caps, sets.chunk, sets.slot, sets.held, sets.usage,
+        scratch.picked, scratch.victims, sets.pages.stride(0), g.num_lanes, sink, recency,
+        MOST=most, MOST_PAD=power_of_two(most), CHUNK=g.chunk_tokens, PAGE=PAGE, BLOCK=block, num_warps=4,
+        **early(sets.pages.device),
+    )  # fmt: skip
+
+
+def settle_arguments(
+    rows: DeviceRows, sets: DeviceSets, scratch: DemandScratch, geometry: KVGeometry, *, sink: int, recency: int
+) -> tuple[int | float, ...]:
+    """What the C function of the CUDA kernel takes, up to the stream. Arguments: see `settle`."""
+    return (
+        rows.length.data_ptr(), rows.state.data_ptr(), sets.pages.data_ptr(), sets.pages.stride(0),
+        sets.counts.data_ptr(), sets.caps.data_ptr(), sets.chunk.data_ptr(), sets.slot.data_ptr(),
+        sets.held.data_ptr(), sets.usage.data_ptr(), scratch.picked.data_ptr(), len(rows.length), geometry.num_lanes,
+        geometry.chunk_tokens, scratch.picked.shape[2], sink, recency,
+    )  # fmt: skip
+
+
 def demand_arguments(
     rows: DeviceRows, sets: DeviceSets, scratch: DemandScratch, layer: int, geometry: KVGeometry, pool: torch.Tensor,
-    host_pages: torch.Tensor, *, sink: int, recency: int, threshold: float, decay: float,
+    host_pages: torch.Tensor, *, threshold: float, decay: float,
 ) -> tuple[int | float, ...]:  # fmt: skip
-    """What the C function of the CUDA kernel takes, up to the stream. Arguments: see `pick`."""
+    """The same for `pick`."""
     g, size = geometry, pool.element_size()
     return (
-        rows.length.data_ptr(), rows.state.data_ptr(), rows.block_table.data_ptr(), rows.block_table.stride(0),
-        sets.pages.data_ptr(), sets.pages.stride(0), sets.counts.data_ptr(), sets.caps.data_ptr(),
-        sets.chunk.data_ptr(), sets.slot.data_ptr(), sets.held.data_ptr(), sets.usage.data_ptr(),
-        scratch.logits.data_ptr(), scratch.page.data_ptr(), scratch.slot.data_ptr(), scratch.demanded.data_ptr(),
-        pool.data_ptr(), host_delta(pool, host_pages) * size, pool[0].numel() * size,
-        len(rows.length), g.layer_lanes, g.num_lanes, layer * g.layer_lanes, g.num_q_heads, g.chunk_tokens,
-        g.chunks_per_block, scratch.slot.shape[2], sink, recency, threshold, decay,
+        *settle_arguments(rows, sets, scratch, g, sink=0, recency=0), rows.block_table.data_ptr(),
+        rows.block_table.stride(0), scratch.logits.data_ptr(), scratch.page.data_ptr(), scratch.slot.data_ptr(),
+        scratch.demanded.data_ptr(), pool.data_ptr(), host_delta(pool, host_pages) * size, pool[0].numel() * size,
+        g.layer_lanes, layer * g.layer_lanes, g.num_q_heads, g.chunks_per_block, threshold, decay,
     )  # fmt: skip
 
 

@@ -60,6 +60,7 @@ def score_rows(
     centroids: torch.Tensor | None = None,
     scratch: torch.Tensor | None = None,
     form: Form | None = None,
+    per_sm: int = 0,
 ) -> None:
     """Estimated log of the attention mass of every full chunk before the row's token, for the rows on a budget.
 
@@ -72,7 +73,7 @@ def score_rows(
     With centroids fp32 [Hkv, M, 256, D / M], M up to 32, and to_query fp32 [Hkv, D, D] it is M·C codes, and `scratch`
     must be of `score_scratch`. The CUDA kernel rounds look-ups to steps: of what four subspaces in a row may differ by,
     the most is 255 steps. So a logit is off by a step and a half or so, which is small beside what the codes lose.
-    form: `product_form` if None.
+    form: `product_form` if None. per_sm: programs of the CUDA kernel on a multiprocessor, 0 for as many as fit.
 
     The CUDA kernel may begin before the one ahead of it on the stream has ended: that one must write neither `rows` nor
     the centroids nor `to_query`.
@@ -113,13 +114,13 @@ def score_rows(
         return
     library = built_library()
     require(n <= MAX_ROWS, f"{n} rows are more than {MAX_ROWS}")
-    arguments = product_arguments(q, cells, rows, sets, chunk, scale, logits, to_query, centroids, scratch)
+    arguments = product_arguments(q, cells, rows, sets, chunk, scale, logits, to_query, centroids, scratch, per_sm)
     launch(library, "lsa_product_score_rows", *arguments)
 
 
 def product_arguments(
     q: torch.Tensor, cells: torch.Tensor, rows: DeviceRows, sets: DeviceSets, chunk: int, scale: float,
-    logits: torch.Tensor, to_query: torch.Tensor, centroids: torch.Tensor, scratch: torch.Tensor,
+    logits: torch.Tensor, to_query: torch.Tensor, centroids: torch.Tensor, scratch: torch.Tensor, per_sm: int = 0,
 ) -> tuple[int | float, ...]:  # fmt: skip
     """What the C function of the CUDA kernel takes, up to the stream. Tensors: see `score_rows`."""
     kv_heads, per_block, subspaces = cells.shape[1], cells.shape[2], centroids.shape[1]
@@ -128,7 +129,7 @@ def product_arguments(
         cells.data_ptr(), *cells.stride()[:3], per_block, rows.token.data_ptr(), rows.length.data_ptr(),
         rows.state.data_ptr(), rows.block_table.data_ptr(), rows.block_table.stride(0), sets.pages.data_ptr(),
         sets.pages.stride(0), scratch.data_ptr(), logits.data_ptr(), len(rows.length), kv_heads,
-        q.shape[1] // kv_heads, subspaces, q.shape[2], chunk, scale * math.log2(math.e),
+        q.shape[1] // kv_heads, subspaces, q.shape[2], chunk, per_sm, scale * math.log2(math.e),
     )  # fmt: skip
 
 
