@@ -18,7 +18,7 @@ from benchmarks import ranks as several
 from benchmarks.report import RESULTS, write_csv
 from benchmarks.shapes import SHAPES, Shape
 from vllm_lsa.config import GIB, LsaConfig
-from vllm_lsa.device.control import most_arrivals
+from vllm_lsa.device.control import beside
 from vllm_lsa.device.state import NEXT
 from vllm_lsa.residency.shares import Shares
 
@@ -81,7 +81,8 @@ def _slots(config: LsaConfig, geometry: Any, load: Load) -> int:
     chunks = geometry.chunks(load.tokens + config.period)
     if load.tokens <= WHOLE:
         return geometry.num_lanes * (chunks + 1)
-    return int((Shares(config, geometry, 0).caps(chunks) + 1 + most_arrivals(config) + NEXT).sum())
+    caps = Shares(config, geometry, 0).caps(chunks)
+    return int((caps + beside(config, caps) + NEXT).sum())
 
 
 def stock_kv_bytes(shape: Shape, loads: Sequence[Load], max_len: int) -> int:

@@ -3,7 +3,8 @@
 Dummy weights, bf16, CUDA graphs and vLLM's defaults otherwise; with `--kv-cache-dtype fp8` K and V are in e4m3, in
 stock too, whose FlashAttention then has queries in e4m3 as well. Each configuration runs in a process of its own; its
 cases run one after the other in it, and what a case with the same context has prefilled is kept for the next larger
-one. A step's time is the interval between the tokens of two successive steps. The floor is the bytes that a step has to
+one. A step's time is the interval between the tokens of two successive steps; host_loop_ms, what a fixed loop of Python
+takes right after them, tells a slow host from slow kernels. The floor is the bytes that a step has to
 read (weights without the input embedding, K and V attended to, index where demand reads it) at the read bandwidth
 measured in this run. Every row is on the disk (.jsonl) as soon as it is measured. With several ranks the floor, the
 bytes read and the counts are those of one.
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import engines, ranks
-from benchmarks.report import machine, pyplot, read_rows
+from benchmarks.report import host_loop, machine, pyplot, read_rows
 
 WARM_UP = 2 * engines.STEP_TOKENS + 100
 PROFILED = 20
@@ -92,6 +93,7 @@ def timed(args: argparse.Namespace, llm: Any, requests: engines.Requests, contex
     if args.ranks > 1:
         requests.decode(2)  # workers that are asked have nothing under way afterwards
     times = requests.decode(args.steps)
+    host = host_loop()
     length = context + (generated + sum(requests.live.values()) / batch) / 2
     after = llm.collective_rpc(ranks.report, args=(True,))
     held.append(footprint(after, shape, context + sum(requests.live.values()) / batch, batch))
@@ -105,9 +107,11 @@ def timed(args: argparse.Namespace, llm: Any, requests: engines.Requests, contex
         "length": round(length),
         "steps": len(times),
         "step_ms": engines.rounded(engines.median(times) * 1e3),
+        "p10_ms": engines.rounded(engines.quantile(times, 0.1) * 1e3),
         "mean_ms": engines.rounded(mean * 1e3),
         "p99_ms": engines.rounded(engines.quantile(times, 0.99) * 1e3),
         "max_ms": engines.rounded(max(times) * 1e3),
+        "host_loop_ms": engines.rounded(host * 1e3),
         "floor_ms": engines.rounded(floor),
         "times_floor": engines.rounded(mean * 1e3 / floor, 3),
         "tokens_per_s": engines.rounded(batch / mean),

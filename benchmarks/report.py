@@ -35,6 +35,17 @@ def versions() -> str:
     return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
+def host_loop(repeats: int = 5) -> float:
+    """Seconds that a fixed loop takes here: where it is slower than elsewhere, the host is, and what waits for it."""
+    times = []
+    for _ in range(repeats):
+        start, total = time.perf_counter(), 0
+        for i in range(200_000):
+            total += i
+        times.append(time.perf_counter() - start)
+    return sorted(times)[repeats // 2]
+
+
 def read_bandwidth(device: str = "cpu", gib: float = 1.0, repeats: int = 5) -> float:
     """GB/s at which the device reads memory, best of several sums over a buffer that no cache holds."""
     data = torch.ones(int(gib * 2**30) // 4, device=device)

@@ -56,6 +56,7 @@ class State:
         usage = np.full(shape, np.nan, np.float32)
         counts = np.full((n + 2, g.num_lanes), NONSENSE, np.int32)
         caps = np.full((n + 2, g.num_lanes), NONSENSE, np.int32)
+        room = np.full((n + 2, g.num_lanes), NONSENSE, np.int32)
         self.entries: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in lengths]
         self.owned: list[list[np.ndarray]] = [[] for _ in lengths]
         for i, count in enumerate(chunks):
@@ -80,6 +81,7 @@ class State:
                 self.owned[i].append(owned)
                 counts[row, lane] = len(kept)
                 caps[row, lane] = len(kept) + rng.integers(0, 2)
+                room[row, lane] = spare
                 e = np.arange(len(owned))
                 slot[pages[row, e // PAGE], lane, e % PAGE] = owned
                 e = np.arange(len(kept))
@@ -95,7 +97,7 @@ class State:
             query_row=self.put(rng.permutation(n).astype(np.int32)),
             block_table=self.put(table),
         )
-        self.sets = DeviceSets(*map(self.put, (pages, counts, caps, chunk, slot, held, usage)))
+        self.sets = DeviceSets(*map(self.put, (pages, counts, caps, room, chunk, slot, held, usage)))
         self.slot_of = self.put(slot_of)
 
     @staticmethod

@@ -1,6 +1,7 @@
 """Demand of a step's rows against the rule, for every form of its kernels."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -32,6 +33,9 @@ class Case:
         self.scratch.logits.copy_(torch.randn(self.scratch.logits.shape, generator=random) * 3)
         for x in (self.scratch.page, self.scratch.slot):
             x.fill_(-7)
+        if seed % 2:  # lanes with less room than a step may bring
+            room = np.random.default_rng(seed).integers(1, most + 1, tuple(self.state.sets.room.shape))
+            self.state.sets.room.copy_(self.state.put(room.astype(np.int32)))
         self.pool, self.host = self.state.pools(g.dtype)
         self.host.copy_(torch.randn(self.host.shape, generator=random))
 
@@ -57,19 +61,19 @@ class Case:
         ops.settle(self.state.rows, self.state.sets, self.scratch, self.geometry, **self.forced(), block=64, form=form)
 
     def choose(
-        self, chunks: np.ndarray, mass: np.ndarray, used: np.ndarray, cap: int
+        self, chunks: np.ndarray, mass: np.ndarray, used: np.ndarray, cap: int, room: int
     ) -> tuple[np.ndarray, np.ndarray, int]:
         """(chunks that leave, chunks that come, how many of these stay), as the rule has it, but that kernels let go of
         one more than `most` at a time, and that of equals the lowest entry leaves and the oldest chunk comes.
         """
-        rule, tail = self.rule, chunks[-1]
+        rule, tail = replace(self.rule, most=min(self.rule.most, room)), chunks[-1]
         wanted = np.setdiff1d(np.flatnonzero(mass > rule.threshold), chunks)
         picked = wanted[np.argsort(-mass[wanted], kind="stable")][: rule.most]
         over = max(0, len(chunks) + len(picked) - cap)
         may = chunks[:-1][(chunks[:-1] >= rule.sink) & (chunks[:-1] < tail - rule.recency)]
-        left = may[np.argsort(used[may], kind="stable")][: min(over, rule.most + 1)]
+        left = may[np.argsort(used[may], kind="stable")][: min(over, self.rule.most + 1)]
         kept = max(0, len(picked) - (over - len(left)))
-        if over <= rule.most + 1:
+        if over <= self.rule.most + 1:
             order = np.append(tail, chunks[:-1])  # the rule has the tail first
             entries, its_picked = rule.choose(order, mass, used, cap)
             np.testing.assert_array_equal(np.sort(used[order[entries]]), np.sort(used[left]))
@@ -103,8 +107,8 @@ class Case:
                     mass = torch.from_numpy(np.stack(heads)).double().softmax(-1).mean(0).float().numpy()
                     used = np.maximum(used * np.float32(DECAY), mass)
                 np.testing.assert_allclose(s.by_chunk(s.sets.usage, i, lane, full), used, rtol=1e-5)
-                cap = int(s.sets.caps[int(s.rows.state[i]), lane])
-                left, picked, kept = rules[i, lane] = self.choose(chunks, mass, used, cap)
+                cap, room = (int(x[int(s.rows.state[i]), lane]) for x in (s.sets.caps, s.sets.room))
+                left, picked, kept = rules[i, lane] = self.choose(chunks, mass, used, cap, room)
                 count = len(picked)
                 assert (
                     scratch.picked[i, lane].cpu().numpy()

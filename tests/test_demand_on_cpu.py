@@ -59,7 +59,7 @@ def test_heads_of_a_lane(lanes, heads, order):
 @pytest.mark.parametrize("lanes", [1, 3])
 def test_long_rows(length, wide, lanes):
     g = geometry(lanes, block=2, chunk=1, dim=8)
-    case = Case(g, [length, 0, length // 3, 9], [True] * 4, 8, 0.0, length).with_caps(1 - lanes)
+    case = Case(g, [length, 0, length // 3, 9], [True] * 4, 8, 0.0, 2 * lanes).with_caps(1 - lanes)
     came, gone = check(case, 2, wide)
     # One more leaves than may come: of 8 that came 7 stay in lanes that are 2 over their caps.
     assert came >= 2 * lanes * 8 and gone >= 2 * lanes * (8 if lanes == 1 else 9)

@@ -40,7 +40,7 @@ def rows_and_sets(lengths, budget, chunk, per_block, seed):
 
     rows = DeviceRows(put(rng.permutation(n)), put(lengths), put(state), put(np.full(n, NONSENSE)), put(table))
     unused = torch.empty(0)
-    return rows, DeviceSets(put(pages), *[unused] * 6), num_blocks, num_pages
+    return rows, DeviceSets(put(pages), *[unused] * 7), num_blocks, num_pages
 
 
 def in_wider_cells(data, fill):

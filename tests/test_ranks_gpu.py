@@ -47,7 +47,7 @@ LIMIT = 180
 """Seconds of an engine, start included."""
 BLOCK = 16
 KEEP_ALL = {"budget": 1.0, "check": "assert"}
-SPARSE = {"budget": 0.3, "period": 8, "recency_tokens": 32, "device_pool_fraction": 0.22, "check": "assert"}
+SPARSE = {"budget": 0.3, "period": 8, "recency_tokens": 32, "device_pool_fraction": 0.16, "check": "assert"}
 # All of a batch end in the same step, and the next one takes their places.
 BATCHES = {
     "together": [tokens(n, n) for n in LENGTHS],

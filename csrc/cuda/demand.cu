@@ -42,7 +42,7 @@ struct Sets {
   const int* pages;           // [rows, pages_stride]
   int64_t pages_stride;
   int* counts;      // [rows, lanes]
-  const int* caps;  // [rows, lanes]
+  const int *caps, *room;  // [rows, lanes]
   int *entry_chunk, *entry_slot;  // [state pages, lanes, 64] by entry
   uint8_t* held;                  // the same by chunk
   float* usage;
@@ -284,7 +284,8 @@ __global__ void __launch_bounds__(T, 1024 / T) demand(Demand p) {
   for (int row = blockIdx.z; row < sets.n; row += gridDim.z) {
     const int length = sets.length[row], mine = sets.state[row];
     const bool works = (length > 0) & (mine >= 0);
-    const int count = works ? sets.counts[int64_t(mine) * sets.lanes + lane] : 0;
+    const int64_t of_lane = int64_t(works ? mine : 0) * sets.lanes + lane;
+    const int count = works ? sets.counts[of_lane] : 0, room = works ? min(sets.room[of_lane], sets.most) : 0;
     const Search<C, T> it(p, shared, pages, row, local, heads, works ? (length - 1) / sets.chunk : 0);
     const int2 range = it.range(rank);
     // Older than the kernels of this layer, and asked for before the scores are there: the pages, what the block's
@@ -301,11 +302,11 @@ __global__ void __launch_bounds__(T, 1024 / T) demand(Demand p) {
     };
     int spare = -1;
     if (works) {
-      const int most = max(it.full, count + sets.most - 1) / kStatePage + 1;
+      const int most = max(it.full, count + room - 1) / kStatePage + 1;
       for (int i = threadIdx.x; i < most; i += T) pages[i] = sets.pages[mine * sets.pages_stride + i];
       __syncthreads();
       look(range.x + threadIdx.x);
-      if (!rank && int(threadIdx.x) < sets.most) spare = sets.entry_slot[it.at(count + threadIdx.x)];
+      if (!rank && int(threadIdx.x) < room) spare = sets.entry_slot[it.at(count + threadIdx.x)];
     }
     if (first_row) {
       cluster_await();  // all blocks have begun
@@ -354,7 +355,7 @@ __global__ void __launch_bounds__(T, 1024 / T) demand(Demand p) {
 
     wanted = 0;
     for (int i = self; i < C * kWarps; i += 32) wanted += shared.wanted[i];
-    const int picks = min(int(__reduce_add_sync(~0u, wanted)), sets.most);
+    const int picks = min(int(__reduce_add_sync(~0u, wanted)), room);
     if (!picks) continue;
     __syncthreads();  // all have read what `choose` counts down
     if (!warp) {
@@ -492,7 +493,7 @@ __global__ void __launch_bounds__(kSettleThreads) settle(Sets p) {
     const int picks = __popc(__ballot_sync(~0u, pick >= 0)), over = count + picks - cap;
     if (!picks && over <= 0) continue;
     const Update<T> it(p, shared, pages, lane, mine, (length - 1) / p.chunk, count);
-    const int most = max(it.full, count + p.most - 1) / kStatePage + 1;
+    const int most = max(it.full, count + picks - 1) / kStatePage + 1;
     for (int i = threadIdx.x; i < most; i += T) pages[i] = p.pages[mine * p.pages_stride + i];
     __syncthreads();
     const int leaving = over > 0 ? it.leave(min(over, p.most + 1)) : 0;
@@ -536,16 +537,16 @@ cudaError_t prepare(Device& device) {
 // Every pointer is to device memory. host_delta, page_bytes: bytes, multiples of 16; host pages are at pool +
 // host_delta. Returns a cudaError_t, 0 on success.
 LSA_EXPORT int lsa_demand(const int* length, const int* state, const int* pages, int64_t pages_stride, int* counts,
-                          const int* caps, int* entry_chunk, int* entry_slot, uint8_t* held, float* usage, int* picked,
-                          int n, int lanes, int chunk, int most, int sink, int recency, const int* block_table,
-                          int64_t table_stride, float* logits, int64_t* fetch_page, int* fetch_slot,
-                          unsigned long long* demanded, uint8_t* pool, int64_t host_delta, int64_t page_bytes,
-                          int layer_lanes, int lane_first, int q_heads, int per_block, float threshold, float decay,
-                          void* stream) {
+                          const int* caps, const int* room, int* entry_chunk, int* entry_slot, uint8_t* held,
+                          float* usage, int* picked, int n, int lanes, int chunk, int most, int sink, int recency,
+                          const int* block_table, int64_t table_stride, float* logits, int64_t* fetch_page,
+                          int* fetch_slot, unsigned long long* demanded, uint8_t* pool, int64_t host_delta,
+                          int64_t page_bytes, int layer_lanes, int lane_first, int q_heads, int per_block,
+                          float threshold, float decay, void* stream) {
   using namespace lsa;
   if (!n) return 0;
-  const Demand p = {{length, state, pages, pages_stride, counts, caps, entry_chunk, entry_slot, held, usage, picked, n,
-                     lanes, chunk, most, sink, recency},
+  const Demand p = {{length, state, pages, pages_stride, counts, caps, room, entry_chunk, entry_slot, held, usage,
+                     picked, n, lanes, chunk, most, sink, recency},
                     block_table, table_stride, logits, fetch_page, fetch_slot, demanded, pool, host_delta, page_bytes,
                     layer_lanes, lane_first, q_heads, per_block, threshold, decay};
   static Device devices[kMaxDevices];
@@ -563,12 +564,13 @@ LSA_EXPORT int lsa_demand(const int* length, const int* state, const int* pages,
 
 // The same pointers and numbers as the first ones of `lsa_demand`.
 LSA_EXPORT int lsa_settle(const int* length, const int* state, const int* pages, int64_t pages_stride, int* counts,
-                          const int* caps, int* entry_chunk, int* entry_slot, uint8_t* held, float* usage, int* picked,
-                          int n, int lanes, int chunk, int most, int sink, int recency, void* stream) {
+                          const int* caps, const int* room, int* entry_chunk, int* entry_slot, uint8_t* held,
+                          float* usage, int* picked, int n, int lanes, int chunk, int most, int sink, int recency,
+                          void* stream) {
   using namespace lsa;
   if (!n) return 0;
-  const Sets p = {length, state, pages, pages_stride, counts, caps, entry_chunk, entry_slot, held, usage, picked, n,
-                  lanes, chunk, most, sink, recency};
+  const Sets p = {length, state, pages, pages_stride, counts, caps, room, entry_chunk, entry_slot, held, usage,
+                  picked, n, lanes, chunk, most, sink, recency};
   const int64_t bytes = pages_stride * int64_t(sizeof(int));
   if (most > kMostPicks || bytes > kMostBytes - int64_t(sizeof(Leaving<kSettleThreads>))) return cudaErrorInvalidValue;
   const dim3 grid(lanes, min(n, kSettleRows));

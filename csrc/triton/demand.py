@@ -217,7 +217,7 @@ def _mass(
 
 @triton.jit(do_not_specialize=["lane_first"])
 def pick_kernel(
-    length, state, block_table, all_pages, counts, entry_slot, held, logits,
+    length, state, block_table, all_pages, counts, room, entry_slot, held, logits,
     wanted_of, best_of, where_of, picked, fetch_page, fetch_slot, demanded, pool,
     host_delta, table_stride, pages_stride, lanes, lane_first,
     ELEMENTS: tl.constexpr, TILE: tl.constexpr,
@@ -238,6 +238,7 @@ def pick_kernel(
     works = (tokens > 0) & (mine >= 0)
     # Nobody changes them before the end of the step.
     count = tl.load(counts + mine * lanes + lane, mask=works, other=0)
+    most_here = tl.load(room + mine * lanes + lane, mask=works, other=0)
     if EARLY:
         await_grid()
     place = row * tl.num_programs(1) + local
@@ -254,7 +255,7 @@ def pick_kernel(
     full = (tokens - 1) // CHUNK  # chunks that were full before this step, and the number of the tail's
     set_pages = all_pages + mine * pages_stride
     parts = tl.arange(0, SPLITS)
-    picks = tl.minimum(tl.sum(tl.load(wanted_of + place * SPLITS + parts), 0), MOST)
+    picks = tl.minimum(tl.sum(tl.load(wanted_of + place * SPLITS + parts), 0), tl.minimum(most_here, MOST))
     if picks == 0:
         return
     tl.atomic_add(demanded, picks.to(tl.int64))

@@ -19,6 +19,7 @@ from vllm_lsa.residency.requests import Request
 from vllm_lsa.residency.shares import Shares
 
 _LANE_SPARE = 64  # a lane has a slot for the background refresh per so many chunks of its cap
+_LANE_ROOM = 8  # and one for what a step demands per so many, as far as that may bring chunks
 _STRIDE = 37  # coprime to common periods: the cycles of requests that began together spread over the period
 
 
@@ -91,9 +92,8 @@ class DeviceControl:
         self._sets = sets
         self._refresh = refresh
         self._fetch = fetch
-        self._beside = 1 + most_arrivals(config)
         self._shares = Shares(
-            config, geometry, pool.num_slots, layer_weights, lambda caps: self._beside + _spares(caps)
+            config, geometry, pool.num_slots, layer_weights, lambda caps: beside(config, caps) + _spares(caps)
         )
         self._free_rows = list(range(rows - 1, -1, -1))
         self._free_sets = list(range(sets.counts.shape[0] - 1, -1, -1))
@@ -262,12 +262,13 @@ class DeviceControl:
             sets.usage[where] = 0
         caps = self._shares.caps(chunks)
         sets.caps[state.set_row] = self._upload(caps.astype(np.int32))
-        # More than the cap: a new tail, and what a step demands, come before what makes room for them leaves.
-        lane, entry = _more(state.owned_counts, caps + self._beside)
+        sets.room[state.set_row] = self._upload(most_arrivals(self._config, caps).astype(np.int32))
+        owned = caps + beside(self._config, caps)
+        lane, entry = _more(state.owned_counts, owned)
         pages = np.array(state.pages, np.int64)
         at = (pages[entry // PAGE] * lanes + lane) * PAGE + entry % PAGE
         self._own(state, sets.slot, at)
-        state.owned_counts = np.maximum(state.owned_counts, caps + self._beside)
+        state.owned_counts = np.maximum(state.owned_counts, owned)
         lane, entry = _more(state.spare_counts, _spares(caps))
         self._own(state, self._refresh.slot, (state.set_row * lanes + lane) * NEXT + entry)
         state.spare_counts = np.maximum(state.spare_counts, _spares(caps))
@@ -290,14 +291,22 @@ class DeviceControl:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._sets.counts.device, non_blocking=True)
 
 
-def most_arrivals(config: LsaConfig) -> int:
-    """Chunks that a step's demand may bring to a lane."""
-    return 0 if config.demand == "off" else config.demand_chunks
+def most_arrivals(config: LsaConfig, caps: np.ndarray) -> np.ndarray:
+    """Chunks that the demand of a step may bring to each lane, int64 [lanes]."""
+    if config.demand == "off":
+        return np.zeros_like(caps)
+    return np.clip(caps // _LANE_ROOM, 1, config.demand_chunks)
+
+
+def beside(config: LsaConfig, caps: np.ndarray) -> np.ndarray:
+    """Slots of each lane's list beyond its cap, int64 [lanes]: a new tail, and what a step demands, come before what
+    makes room for them leaves."""
+    return 1 + most_arrivals(config, caps)
 
 
 def state_pages(config: LsaConfig, chunks: int) -> int:
-    """State pages for a request of so many chunks, and for its lists: tail and arrivals come before others leave."""
-    return -(-(chunks + 1 + most_arrivals(config)) // PAGE)
+    """State pages for a request of so many chunks, and for its lists."""
+    return -(-(chunks + int(beside(config, np.array([chunks]))[0])) // PAGE)
 
 
 def _spares(caps: np.ndarray) -> np.ndarray:

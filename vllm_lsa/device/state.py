@@ -66,6 +66,7 @@ class DeviceSets:
     counts: int32 [rows, lanes], entries in use. The entries from there up to what the row owns are spare: their slots
     belong to the lane and hold nothing, but what a step's demand brought until the end of the step.
     caps: int32 [rows, lanes], most entries that the lane may use after a step.
+    room: int32 [rows, lanes], most chunks that the demand of a step may bring: the lane owns a slot more for each.
     chunk, slot: int32 [pages, lanes, PAGE], by entry. The last entry in use is the tail, the chunk that the row's next
     token goes to; the others are full, in no order. A slot of -1 says that the chunk is read from its host page.
     held: uint8 [pages, lanes, PAGE], by chunk: 1 where it is in the set.
@@ -75,6 +76,7 @@ class DeviceSets:
     pages: torch.Tensor
     counts: torch.Tensor
     caps: torch.Tensor
+    room: torch.Tensor
     chunk: torch.Tensor
     slot: torch.Tensor
     held: torch.Tensor
@@ -96,6 +98,7 @@ class DeviceSets:
             pages=per_row(row_pages),
             counts=per_row(geometry.num_lanes),
             caps=per_row(geometry.num_lanes),
+            room=per_row(geometry.num_lanes),
             chunk=paged(torch.int32),
             slot=paged(torch.int32),
             held=paged(torch.uint8),

@@ -16,7 +16,7 @@ from vllm_lsa.ops.native import require
 logger = logging.getLogger("vllm_lsa")
 Form = Literal["cuda", "triton"]
 """Kernels that there are in CUDA C++ and, for where that was not built or does not run, in Triton."""
-_SETS = [*[c_void_p] * 3, c_int64, *[c_void_p] * 7, *[c_int] * 6]
+_SETS = [*[c_void_p] * 3, c_int64, *[c_void_p] * 8, *[c_int] * 6]
 _SIGNATURES: dict[str, tuple[type, Sequence[type]]] = {
     "lsa_product_score_rows": (
         c_int,

@@ -208,9 +208,9 @@ def pick(
 
     scratch.logits holds the scores of the rows' full chunks and is overwritten. What comes is copied from the host
     pages into slots that the lane has to spare, as scratch.page and scratch.slot say; `settle` puts it into the list.
-    Until then no list changes, so attention may read them beside this. A lane of a row on a budget must own as many
-    slots beyond those in use as chunks may come. block: chunks that a program of Triton looks at at a time. form:
-    `demand_form` if None, or "triton" for more than the CUDA kernel takes.
+    Until then no list changes, so attention may read them beside this. A lane must own as many slots beyond those in
+    use as its sets.room. block: chunks that a program of Triton looks at at a time. form: None for `demand_form`, or
+    "triton" for more than the CUDA kernel takes.
 
     Raises LsaError if CUDA refuses the launch.
     """
@@ -243,9 +243,9 @@ def pick(
         **shape, LANE_Q_PAD=heads, num_warps=4, **early(pool.device),
     )  # fmt: skip
     demand.pick_kernel[grid](
-        rows.length, rows.state, rows.block_table, sets.pages, sets.counts, sets.slot, sets.held, scratch.logits,
-        scratch.wanted, scratch.best, scratch.where, scratch.picked, scratch.page, scratch.slot, scratch.demanded, pool,
-        host_delta(pool, host_pages), rows.block_table.stride(0), stride, g.num_lanes, first,
+        rows.length, rows.state, rows.block_table, sets.pages, sets.counts, sets.room, sets.slot, sets.held,
+        scratch.logits, scratch.wanted, scratch.best, scratch.where, scratch.picked, scratch.page, scratch.slot,
+        scratch.demanded, pool, host_delta(pool, host_pages), rows.block_table.stride(0), stride, g.num_lanes, first,
         **shape, ELEMENTS=pool[0].numel(), TILE=min(COPY_TILE, power_of_two(pool[0].numel())),
         MOST=most, MOST_PAD=power_of_two(most), PER_BLOCK=g.chunks_per_block, num_warps=4, **early(pool.device),
     )  # fmt: skip
@@ -296,9 +296,9 @@ def settle_arguments(
     """What the C function of the CUDA kernel takes, up to the stream. Arguments: see `settle`."""
     return (
         rows.length.data_ptr(), rows.state.data_ptr(), sets.pages.data_ptr(), sets.pages.stride(0),
-        sets.counts.data_ptr(), sets.caps.data_ptr(), sets.chunk.data_ptr(), sets.slot.data_ptr(),
-        sets.held.data_ptr(), sets.usage.data_ptr(), scratch.picked.data_ptr(), len(rows.length), geometry.num_lanes,
-        geometry.chunk_tokens, scratch.picked.shape[2], sink, recency,
+        sets.counts.data_ptr(), sets.caps.data_ptr(), sets.room.data_ptr(), sets.chunk.data_ptr(),
+        sets.slot.data_ptr(), sets.held.data_ptr(), sets.usage.data_ptr(), scratch.picked.data_ptr(), len(rows.length),
+        geometry.num_lanes, geometry.chunk_tokens, scratch.picked.shape[2], sink, recency,
     )  # fmt: skip
 
 
