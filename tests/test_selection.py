@@ -1,5 +1,6 @@
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,7 +39,7 @@ def test_against_loops(seed: int) -> None:
             if shared and mode == "mean" and seed % 2 == 0:
                 continue
             got = select(
-                scores, budget_chunks=torch.full((layers,), budget), threshold=threshold, sink_chunks=sink,
+                scores, budget_chunks=np.full(layers, budget), threshold=threshold, sink_chunks=sink,
                 recency_chunks=recency, shared=shared, mode=mode,
             )  # fmt: skip
             assert got.dtype == torch.bool and got.is_contiguous()
@@ -48,7 +49,7 @@ def test_against_loops(seed: int) -> None:
 
 def keep(scores: list[list[float]], **settings: object) -> list[list[int]]:
     defaults: dict[str, object] = dict(
-        budget_chunks=torch.full((len(scores),), 3),
+        budget_chunks=np.full(len(scores), 3),
         threshold=0.0,
         sink_chunks=0,
         recency_chunks=0,
@@ -66,7 +67,7 @@ def test_threshold_is_strict() -> None:
 
 def test_newer_wins_a_tie() -> None:
     assert keep([[0.5] * 6]) == [[3, 4, 5]]
-    assert keep([[0.5, 0.9, 0.5, 0.5, 0.1]], budget_chunks=torch.tensor([2])) == [[1, 3]]
+    assert keep([[0.5, 0.9, 0.5, 0.5, 0.1]], budget_chunks=np.array([2])) == [[1, 3]]
 
 
 def test_forced_chunks_outgrow_the_budget() -> None:
@@ -80,9 +81,9 @@ def test_forced_chunks_count_and_are_not_chosen_again() -> None:
 
 def test_shared_sets() -> None:
     scores = [[0.9, 0.5, 0.0], [0.0, 0.6, 0.2]]
-    assert keep(scores, shared=True, budget_chunks=torch.tensor([1])) == [[0], [0]]
-    assert keep(scores, shared=True, budget_chunks=torch.tensor([1]), mode="mean") == [[1], [1]]
-    assert keep(scores, budget_chunks=torch.tensor([1])) == [[0], [1]]
+    assert keep(scores, shared=True, budget_chunks=np.array([1])) == [[0], [0]]
+    assert keep(scores, shared=True, budget_chunks=np.array([1]), mode="mean") == [[1], [1]]
+    assert keep(scores, budget_chunks=np.array([1])) == [[0], [1]]
 
 
 def test_no_chunks() -> None:
@@ -94,4 +95,4 @@ def test_nan_is_never_chosen() -> None:
 
 
 def test_each_lane_has_its_own_budget() -> None:
-    assert keep([[0.1, 0.2, 0.3], [0.1, 0.2, 0.3]], budget_chunks=torch.tensor([1, 2])) == [[2], [1, 2]]
+    assert keep([[0.1, 0.2, 0.3], [0.1, 0.2, 0.3]], budget_chunks=np.array([1, 2])) == [[2], [1, 2]]

@@ -131,7 +131,7 @@ class LsaEngine(TieredEngine[P, KVGeometry]):
         scores = self._set_peers.combine(self._score(request, row, x), config.mode)
         return select(
             scores,
-            budget_chunks=torch.from_numpy(budget_chunks).to(self._device, non_blocking=True),
+            budget_chunks=budget_chunks,
             threshold=config.threshold,
             sink_chunks=config.sink_chunks,
             recency_chunks=config.recency_chunks,

@@ -1,19 +1,20 @@
 """Turns scores into the set of chunks to keep."""
 
+import numpy as np
 import torch
 
 
 def select(
-    scores: torch.Tensor, *, budget_chunks: torch.Tensor, threshold: float, sink_chunks: int, recency_chunks: int,
+    scores: torch.Tensor, *, budget_chunks: np.ndarray, threshold: float, sink_chunks: int, recency_chunks: int,
     shared: bool, mode: str,
 ) -> torch.Tensor:  # fmt: skip
     """Keep = sink ∪ recency ∪ chunks over the threshold (paper section on selection; lsa.md §4).
 
-    scores: fp32 [L, N], a row for each lane. budget_chunks: int64 [L]. The first sink_chunks and the last
-    recency_chunks are kept whatever they score; of the others those whose score is strictly above `threshold`, best
-    first, newer first among equals, as long as a lane keeps at most its budget_chunks in all. shared: one set for all
-    lanes, by the maximum ("or") or mean ("mean") of their scores and the first lane's budget.
-    Returns bool [L, N], contiguous.
+    scores: fp32 [L, N], a row for each lane. budget_chunks: int64 [L], or [1] for all. The first sink_chunks and the
+    last recency_chunks are kept whatever they score; of the others those whose score is strictly above `threshold`,
+    best first, newer first among equals, as long as a lane keeps at most its budget_chunks in all. shared: one set for
+    all lanes, by the maximum ("or") or mean ("mean") of their scores and the first lane's budget.
+    Returns bool [L, N], contiguous. Does not wait for the device.
     """
     lanes, num_chunks = scores.shape
     if shared:
@@ -21,10 +22,17 @@ def select(
         budget_chunks = budget_chunks[:1]
     position = torch.arange(num_chunks, device=scores.device)
     forced = (position < sink_chunks) | (position >= num_chunks - recency_chunks)
+    room = np.minimum(budget_chunks, num_chunks) - min(sink_chunks + recency_chunks, num_chunks)
+    if room.max() <= 0:
+        return forced.expand(lanes, num_chunks).contiguous()
     eligible = (scores > threshold) & ~forced
-    room = budget_chunks.to(scores.device).clamp(max=num_chunks) - min(sink_chunks + recency_chunks, num_chunks)
-    # Newest first before a stable sort, so that the newer of equals comes first.
-    newest = scores.masked_fill(~eligible, -torch.inf).flip(1)
-    rank = newest.argsort(dim=1, descending=True, stable=True).argsort(dim=1).flip(1)
-    chosen = eligible & (rank < room[:, None])
+    # Integers in the order of the scores, and of equals in that of the chunks: no two are the same.
+    bits = (scores + 0.0).view(torch.int32)  # 0 has no sign
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32 | position
+    keys = keys.masked_fill(~eligible, torch.iinfo(torch.int64).min)
+    best = keys.topk(int(room.max())).values
+    last = torch.from_numpy(np.maximum(room, 1) - 1).to(scores.device, non_blocking=True)
+    some = torch.from_numpy(room > 0).to(scores.device, non_blocking=True)
+    least = best.gather(1, last[:, None].expand(len(scores), 1))
+    chosen = eligible & (keys >= least) & some[:, None]
     return (chosen | forced).expand(lanes, num_chunks).contiguous()

@@ -324,7 +324,7 @@ class DeepseekV4Engine(TieredEngine[EntryPlan, EntryGeometry]):
         entries = g.num_entries(request.num_computed)
         scores = self._scores(request, row, entries, cycle)
         if self.exact is not None:
-            chosen = self.exact.select(scores, num_chunks, self._on_device(budget_chunks))
+            chosen = self.exact.select(scores, num_chunks, budget_chunks)
         else:
             # The budget is that of full pages; `select_pages` counts the newest as well, which it keeps in any case.
             recency, sink = g.num_entries(config.recency_tokens), g.num_entries(config.sink_tokens)

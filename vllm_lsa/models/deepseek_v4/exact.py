@@ -29,9 +29,9 @@ class ExactSets:
         self._geometry = geometry
         self._lookahead = lookahead
 
-    def select(self, scores: torch.Tensor, num_chunks: int, budget_chunks: torch.Tensor) -> torch.Tensor:
+    def select(self, scores: torch.Tensor, num_chunks: int, budget_chunks: np.ndarray) -> torch.Tensor:
         """The full pages that a cycle begins with, bool [L, num_chunks], by layer. scores: fp32 [L, entries].
-        budget_chunks: int64 [L], on the same device."""
+        budget_chunks: int64 [L]."""
         g = self._geometry
         return select(
             scores[:, : num_chunks * g.entries].reshape(g.num_layers, num_chunks, g.entries).amax(-1),
