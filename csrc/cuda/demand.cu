@@ -19,7 +19,7 @@ using namespace device;
 using namespace launching;
 
 // Blocks of a cluster, and their threads. Small ones begin sooner: the most that every device with clusters has; where
-// rows may be long and the device has it, more.
+// rows may be long and the device has it, more. Beside attention there is no room for blocks of 1,024 threads.
 constexpr int kCluster = 8, kThreads = 256;
 constexpr int kWideCluster = 16, kWideThreads = 512;
 constexpr int kLongPages = 256;         // state pages of a row from which they are
