@@ -4,10 +4,10 @@ Dummy weights, bf16, CUDA graphs and vLLM's defaults otherwise; with `--kv-cache
 stock too, whose FlashAttention then has queries in e4m3 as well. Each configuration runs in a process of its own; its
 cases run one after the other in it, and what a case with the same context has prefilled is kept for the next larger
 one. A step's time is the interval between the tokens of two successive steps; host_loop_ms, what a fixed loop of Python
-takes right after them, tells a slow host from slow kernels. The floor is the bytes that a step has to
-read (weights without the input embedding, K and V attended to, index where demand reads it) at the read bandwidth
-measured in this run. Every row is on the disk (.jsonl) as soon as it is measured. With several ranks the floor, the
-bytes read and the counts are those of one.
+takes right after them, tells a slow host from slow kernels. The floor is the bytes that a step has to read (weights
+without the input embedding, K and V attended to, index where demand reads it) at the read bandwidth measured in this
+run. Every row is on the disk (.jsonl) as soon as it is measured. With several ranks the floor, the bytes read and the
+counts are those of one.
 """
 
 import argparse

@@ -5,8 +5,10 @@ import datetime
 import json
 import platform
 import shlex
+import statistics
 import sys
 import time
+import timeit
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -37,13 +39,8 @@ def versions() -> str:
 
 def host_loop(repeats: int = 5) -> float:
     """Seconds that a fixed loop takes here: where it is slower than elsewhere, the host is, and what waits for it."""
-    times = []
-    for _ in range(repeats):
-        start, total = time.perf_counter(), 0
-        for i in range(200_000):
-            total += i
-        times.append(time.perf_counter() - start)
-    return sorted(times)[repeats // 2]
+    loop = "for i in range(200_000): total += i"
+    return statistics.median(timeit.repeat(loop, "total = 0", repeat=repeats, number=1))
 
 
 def read_bandwidth(device: str = "cpu", gib: float = 1.0, repeats: int = 5) -> float:

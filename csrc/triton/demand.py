@@ -7,6 +7,7 @@ list written, by one program, so its scalar steps need barriers only.
 import triton
 import triton.language as tl
 from vllm_lsa.kernels.early import await_grid
+from vllm_lsa.kernels.pages import copy_page
 
 
 @triton.jit
@@ -294,13 +295,8 @@ def pick_kernel(
         tl.debug_barrier()
         step += 1
     for come in range(picks):
-        to = tl.load(fetch_slot + come).to(tl.int64)
-        if to >= 0:
-            at = host_delta + tl.load(fetch_page + come) * ELEMENTS
-            for begin in range(0, ELEMENTS, TILE):
-                piece = begin + tl.arange(0, TILE)
-                inside = piece < ELEMENTS
-                tl.store(pool + to * ELEMENTS + piece, tl.load(pool + at + piece, mask=inside), mask=inside)
+        slot = tl.load(fetch_slot + come).to(tl.int64)
+        copy_page(pool, tl.load(fetch_page + come), slot, host_delta, ELEMENTS, TILE)
 
 
 @triton.jit(do_not_specialize=["sink", "recency"])

@@ -5,6 +5,17 @@ import triton.language as tl
 from vllm_lsa.kernels.e4m3 import widen
 
 
+@triton.jit
+def copy_page(pool, page, slot, host_delta, ELEMENTS: tl.constexpr, TILE: tl.constexpr):
+    """Copies a host page of so many elements into a slot, both int64; -1 for none."""
+    if slot >= 0:
+        at = host_delta + page * ELEMENTS
+        for begin in range(0, ELEMENTS, TILE):
+            part = begin + tl.arange(0, TILE)
+            inside = part < ELEMENTS
+            tl.store(pool + slot * ELEMENTS + part, tl.load(pool + at + part, mask=inside), mask=inside)
+
+
 @triton.jit(do_not_specialize=["count"])
 def fetch_kernel(
     pool, page, slot, count, host_delta, ELEMENTS: tl.constexpr, TILE: tl.constexpr, LOOK: tl.constexpr
@@ -16,13 +27,7 @@ def fetch_kernel(
         here = first + tl.arange(0, LOOK)
         if tl.max(tl.load(slot + here, mask=here < count, other=-1), 0) >= 0:
             for i in range(first, tl.minimum(first + LOOK, count)):
-                to = tl.load(slot + i).to(tl.int64)
-                if to >= 0:
-                    at = host_delta + tl.load(page + i) * ELEMENTS
-                    for begin in range(0, ELEMENTS, TILE):
-                        part = begin + tl.arange(0, TILE)
-                        inside = part < ELEMENTS
-                        tl.store(pool + to * ELEMENTS + part, tl.load(pool + at + part, mask=inside), mask=inside)
+                copy_page(pool, tl.load(page + i), tl.load(slot + i).to(tl.int64), host_delta, ELEMENTS, TILE)
 
 
 @triton.jit(do_not_specialize=["first_chunk", "num_chunks", "lane_first"])

@@ -223,11 +223,8 @@ class DeviceControl:
         return self._shares.fits_whole(request, self._wholes())
 
     def _has_room(self, request: Request, state: _State) -> bool:
-        need = self._state_pages(self._geometry.chunks(request.length)) - len(state.pages)
+        need = state_pages(self._config, self._geometry.chunks(request.length)) - len(state.pages)
         return need <= len(self._free_pages)
-
-    def _state_pages(self, chunks: int) -> int:
-        return state_pages(self._config, chunks)
 
     def _found(self, request: Request, state: _State) -> None:
         """A set that holds the tail alone, if that has begun, and otherwise nothing: the tail is then about to."""
@@ -251,7 +248,7 @@ class DeviceControl:
             return
         state.chunks = chunks
         sets, lanes = self._sets, self._geometry.num_lanes
-        more = self._state_pages(chunks) - len(state.pages)
+        more = state_pages(self._config, chunks) - len(state.pages)
         if more > 0:
             new = [self._free_pages.pop() for _ in range(more)]
             first = len(state.pages)
@@ -306,7 +303,7 @@ def beside(config: LsaConfig, caps: np.ndarray) -> np.ndarray:
 
 def state_pages(config: LsaConfig, chunks: int) -> int:
     """State pages for a request of so many chunks, and for its lists."""
-    return -(-(chunks + int(beside(config, np.array([chunks]))[0])) // PAGE)
+    return -(-(chunks + int(beside(config, np.array(chunks)))) // PAGE)
 
 
 def _spares(caps: np.ndarray) -> np.ndarray:

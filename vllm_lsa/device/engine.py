@@ -82,9 +82,8 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         self.sets = DeviceSets.empty(rows, row_pages, num_pages, g, device)
         self.refresh = DeviceRefresh.empty(rows, num_pages, g, device)
         self._tails = DeviceTails.empty(rows, g, device)
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._beside = SideStream(device)
-        self._copied: torch.cuda.Event | None = None
+        self._copying = SideStream(device)
         self._stalls = StallClock(device)
         # Rows of 16 bytes: Triton compiles a kernel anew for a pointer that lies differently.
         self._row_data = torch.zeros(5, -(-rows // 4) * 4, dtype=torch.int32, device=device)
@@ -371,27 +370,17 @@ class DeviceEngine(LsaEngine[DevicePlan]):
             most_used=config.demand_threshold if demands else float("inf"),
         )  # fmt: skip
         n = len(rows.length)
-        copies = (self.pool.pages, self.store.pages, state.copy_page[:n], state.copy_slot[:n], FEW)
-        if self._side is None:
-            ops.fetch(*copies)
-            return
-        self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):
-            ops.fetch(*copies)
-            self._copied = torch.cuda.Event()
-            self._copied.record(self._side)
+        with self._copying.fork():
+            ops.fetch(self.pool.pages, self.store.pages, state.copy_page[:n], state.copy_slot[:n], FEW)
 
     def _await_copies(self) -> None:
         """Work submitted from here on comes after the copies beside the last step; a wait for them is a stall."""
-        if self._copied is None:
-            return
-        late = not self._copied.query()
+        late = self._copying.busy
         if late:
             self._stalls.start()
-        torch.cuda.current_stream().wait_event(self._copied)
+        self._copying.join()
         if late:
             self._stalls.stop()
-        self._copied = None
 
     def _add_tail(
         self, row: int, tail: int, page: torch.Tensor, slot: torch.Tensor, blocks: torch.Tensor

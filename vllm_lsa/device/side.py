@@ -26,6 +26,11 @@ class SideStream:
         with torch.cuda.stream(self._stream):
             yield
 
+    @property
+    def busy(self) -> bool:
+        """Whether work that nothing has been joined with yet is still under way."""
+        return self._stream is not None and self._away and not self._stream.query()
+
     def join(self) -> None:
         """What the current stream gets from here on comes after the work beside it, if there is some."""
         if self._stream is not None and self._away:
