@@ -367,9 +367,7 @@ def settle_kernel(
     swaps = tl.minimum(kept, leaving)
     grown = kept - swaps
     dropped = (item >= kept) & (item < picks)
-    tl.store(
-        held + _entries(set_pages, pick, dropped, lane, lanes, PAGE), tl.zeros([MOST_PAD], tl.uint8), mask=dropped
-    )
+    tl.store(held + _entries(set_pages, pick, dropped, lane, lanes, PAGE), tl.zeros([MOST_PAD], tl.uint8), mask=dropped)
     stays = item < kept
     swap = item < swaps
     fresh = tl.load(entry_slot + _entries(set_pages, count + item, stays, lane, lanes, PAGE), mask=stays, other=-1)
