@@ -14,6 +14,7 @@ import re
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -75,6 +76,7 @@ def main() -> None:
     from vllm_lsa.ops import encode_rows as encode
     from vllm_lsa.ops import index_logits as index
     from vllm_lsa.ops import missing_entries as missing
+    from vllm_lsa.ops import renew_set as renew
     from vllm_lsa.ops import resident_decode as decode
     from vllm_lsa.ops import resident_rows as ops
     from vllm_lsa.ops import score_rows as score
@@ -108,6 +110,11 @@ def main() -> None:
             ops.pick(s.rows, s.sets, scratch, 1, g, pool, host, threshold=0.01, decay=0.7)
             ops.settle(s.rows, s.sets, scratch, g, sink=1, recency=2)
         ops.refresh(s.rows, s.sets, refresh, g, sink=1, recency=2, most_used=0.01)
+        lengths = np.full(g.num_lanes, 9)
+        renew.renew_set(
+            torch.zeros(1, 12), s.sets, refresh, 0, s.rows.block_table, 0, lengths, lengths, g, threshold=0.0, sink=1,
+            recency=2, first=True, copy_tail=True, incoming=torch.zeros(1, dtype=torch.int64),
+        )  # fmt: skip
         ops.fetch(pool, host, scratch.page, scratch.slot)
         ops.fetch(pool, host, scratch.page, scratch.slot, 2)
         ops.gather_history(pool, host, s.rows.block_table[0], s.slot_of, k, k, 0, 1, 1, g, 16)
@@ -117,6 +124,9 @@ def main() -> None:
             cells = torch.zeros(s.num_blocks, 8, 1, size, dtype=torch.uint8)
             decoded = pool, host, s.rows, s.slot_of, s.sets, encode.LayerCells([cells, cells])
             encode.encode_decoded(*decoded, g, codec, torch.ones(2))
+            if codec is None:
+                every = torch.zeros(2, *scratch.logits.shape)
+                score.score_layers(queries, decoded[-1], s.rows, s.sets, 16, 0.1, every)
             own = encode.of_layer(codec, 1)
             encode.encode_pages(host, page, offset, offset, cells, 1, g, own)
             encode.encode_chunks(k, offset, offset, offset, cells, 16, own)

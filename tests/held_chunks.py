@@ -6,7 +6,6 @@ import numpy as np
 
 from vllm_lsa.device.engine import DeviceEngine
 from vllm_lsa.device.plan import DevicePlan
-from vllm_lsa.device.selection import by_chunk
 from vllm_lsa.residency.requests import Request
 
 
@@ -18,7 +17,7 @@ def held_chunks(engine: DeviceEngine, layer: int, plan: DevicePlan) -> Iterator[
         row = engine.control.set_row(request)
         if row < 0:
             continue
-        held = by_chunk(engine.sets, row, engine.sets.held, engine.geometry.chunks(request.length))
+        held = engine.sets.by_chunk(row, engine.sets.held, engine.geometry.chunks(request.length))
         here = held[layer * lanes : (layer + 1) * lanes].cpu().numpy()
         for i in range(lanes):
             yield layer * lanes + i, request, here[i].nonzero()[0].astype(np.int32)

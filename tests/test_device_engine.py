@@ -29,7 +29,7 @@ from vllm_lsa.errors import LsaError
 from vllm_lsa.ops.e4m3 import KVScales, quantise, unscaled
 from vllm_lsa.ops.native import gather_cells
 
-for _name in ("write", "demand", "pages", "encode", "score", "paged_decode"):
+for _name in ("write", "demand", "pages", "renew", "encode", "score", "paged_decode"):
     load(_name)
 
 

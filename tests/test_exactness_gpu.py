@@ -1,6 +1,7 @@
 """On a CUDA device: with everything kept, LSA gives a stock backend's tokens, eager and with CUDA graphs; and in sparse
 mode poison changes nothing. `python -m pytest tests/test_exactness_gpu.py` on a machine with a GPU."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -108,25 +109,28 @@ def test_fp8_is_what_it_is_in_a_stock_backend(tmp_path):
     """What rounding to e4m3 does to the texts' likelihood is the same in both, with stock's queries left as they are.
 
     It is not equal: where results differ in the last bit, some keys and values are rounded the other way, more with
-    every layer. On a CPU in fp32, K and V rounded on their way into a stock backend and LSA with this cache correlate
-    by 0.994, and differ by 0.011 a token where the rounding makes 0.106. What another computation with e4m3 does
-    (vLLM's CPU backend) is not correlated with that (-0.4), and differs by more than its own size.
+    every layer. How far apart that brings two runs that round alike, LSA with graphs and without says: 0.061 a token on
+    an H200, where the rounding makes 0.098 and stock and LSA differ by 0.069 and 0.072, correlated by 0.70. What
+    another computation with e4m3 does (vLLM's CPU backend) is not correlated with it (-0.4), and differs by more than
+    its size.
     """
     resident = {"budget": 1.0, "demand": "off", "device_pool_fraction": 1.0}
     tiny = {**resident, "device_pool_fraction": 0.02, "check": "poison"}
-    exact, _ = likelihoods(tmp_path / "exact", None, "auto")
-    stock, _ = likelihoods(tmp_path / "stock", None, "fp8")
-    eager, counts = likelihoods(tmp_path / "eager", resident, "fp8")
-    assert counts["missed"] == counts["cycles"] == 0
-    graphs, _ = likelihoods(tmp_path / "graphs", resident, "fp8", eager=False)
-    rounding = stock - exact
+    runs: dict[str, Any] = {
+        "exact": (None, "auto"), "stock": (None, "fp8"), "eager": (resident, "fp8"), "graphs": (resident, "fp8", False),
+        "tiny": (tiny, "fp8"),
+    }  # fmt: skip
+    with ThreadPoolExecutor(len(runs)) as pool:  # each is a process of its own
+        found = dict(zip(runs, pool.map(lambda name: likelihoods(tmp_path / name, *runs[name]), runs), strict=True))
+    exact, stock, eager, graphs, streamed = (found[name][0] for name in runs)
+    assert found["eager"][1]["missed"] == found["eager"][1]["cycles"] == 0 < found["tiny"][1]["missed"]
+    rounding, apart = np.abs(stock - exact).mean(), np.abs(eager - graphs).mean()
     for mine in (eager, graphs):
-        assert np.corrcoef((mine - exact).ravel(), rounding.ravel())[0, 1] > 0.5
-        assert np.abs(mine - stock).mean() < 0.7 * np.abs(rounding).mean()
+        assert np.corrcoef((mine - exact).ravel(), (stock - exact).ravel())[0, 1] > 0.5
+        assert 0.8 * rounding < np.abs(mine - exact).mean() < 1.25 * rounding
+        assert np.abs(mine - stock).mean() < 1.4 * apart < 1.4 * rounding
         assert abs((mine - stock).mean()) < 0.05
     # The same arithmetic over the same bytes, wherever they are read from.
-    streamed, counts = likelihoods(tmp_path / "tiny", tiny, "fp8")
-    assert counts["missed"] > 0
     np.testing.assert_allclose(streamed, eager, atol=1e-5)
 
 

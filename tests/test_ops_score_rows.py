@@ -12,7 +12,15 @@ from tests.kernels import DEVICE, load
 from vllm_lsa.device.state import PAGE, DeviceRows, DeviceSets
 from vllm_lsa.errors import LsaError
 from vllm_lsa.ops import build, cuda_native
-from vllm_lsa.ops.score_rows import product_form, score_rows, score_rows_naive, score_scratch
+from vllm_lsa.ops.encode_rows import LayerCells
+from vllm_lsa.ops.score_rows import (
+    product_form,
+    score_layers,
+    score_layers_naive,
+    score_rows,
+    score_rows_naive,
+    score_scratch,
+)
 
 load("score")
 NONSENSE = 2**30
@@ -183,6 +191,26 @@ def test_mean_key_scores_equal_the_twin(shape, dtype):
     means = torch.randn(num_blocks, kv_heads, per_block, dim).to(dtype)
     cells = in_wider_cells(means.view(torch.uint8), 255)  # NaN in every dtype
     assert_same(outcomes(q, cells, rows, sets, num_pages, chunk=chunk, scale=0.3), 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mean_key_scores_of_all_layers_equal_those_of_each(dtype):
+    heads, group, dim, chunk, per_block = 2, 3, 40, 16, 2
+    lengths = [1000, 0, 16, 17, 400]
+    rows, sets, num_blocks, num_pages = rows_and_sets(lengths, [True, True, True, True, False], chunk, per_block, 3)
+    torch.manual_seed(4)
+    # One allocation, as vLLM's, with the layers' cells in another order.
+    means = torch.randn(3, num_blocks, heads, per_block, dim).to(dtype).view(torch.uint8)
+    every = torch.stack([in_wider_cells(part, 255) for part in means])
+    cells = LayerCells([every[layer] for layer in (1, 0, 2)])
+    q = torch.randn(len(lengths), 3, heads * group, dim, device=DEVICE).to(dtype)
+    got, want = torch.full((2, 3, num_pages, heads * group, PAGE), float("nan"), device=DEVICE)
+    score_layers(q, cells, rows, sets, chunk, 0.3, got)
+    score_layers_naive(q, cells, rows, sets, chunk, 0.3, want)
+    assert (~want.isnan()).any()
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-5, equal_nan=True)
+    with pytest.raises(ValueError, match="q must be"):
+        score_layers(q[:, :2], cells, rows, sets, chunk, 0.3, got)
 
 
 def test_nothing_on_a_budget_writes_nothing():

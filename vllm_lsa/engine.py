@@ -110,8 +110,24 @@ class LsaEngine(TieredEngine[P, KVGeometry]):
         cycle: int,
         usage: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The full chunks to keep, bool [lanes, num_chunks] on the device. row: of the buffer of last queries.
-        budget_chunks: int64 [lanes]. usage: fp32 [lanes, num_chunks], None without demand."""
+        """The full chunks to keep, bool [lanes, num_chunks] on the device. budget_chunks: int64 [lanes]. The rest as
+        for `_scores`."""
+        config = self.config
+        return select(
+            self._scores(request, row, num_chunks, cycle, usage),
+            budget_chunks=budget_chunks,
+            threshold=config.threshold,
+            sink_chunks=config.sink_chunks,
+            recency_chunks=config.recency_chunks,
+            shared=config.sets == "shared",
+            mode=config.mode,
+        )
+
+    def _scores(
+        self, request: Request, row: int, num_chunks: int, cycle: int, usage: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What the full chunks score, fp32 [lanes, num_chunks] on the device, all ranks of one mind. row: of the buffer
+        of last queries. usage: fp32 [lanes, num_chunks], None without demand."""
         config = self.config
         x = ScoreInput(
             query=None,
@@ -128,16 +144,7 @@ class LsaEngine(TieredEngine[P, KVGeometry]):
             device=self._device,
             peers=self.peers,
         )
-        scores = self._set_peers.combine(self._score(request, row, x), config.mode)
-        return select(
-            scores,
-            budget_chunks=budget_chunks,
-            threshold=config.threshold,
-            sink_chunks=config.sink_chunks,
-            recency_chunks=config.recency_chunks,
-            shared=config.sets == "shared",
-            mode=config.mode,
-        )
+        return self._set_peers.combine(self._score(request, row, x), config.mode)
 
     def _score(self, request: Request, row: int, x: ScoreInput) -> torch.Tensor:
         """The policy's scores fp32 [lanes, N]. row: of the buffer of last queries. x: without query and cells."""

@@ -17,6 +17,7 @@ from vllm_lsa.ops.early import early
 _LOG2E = 1.4426950408889634
 _PROGRAMS = 4096  # more than keep a device busy, since those of rows that do not take part end at once
 _STRIDES = ["q_token", "q_head", "cell_block", "cell_head", "cell_chunk", "row_blocks", "row_pages", "splits"]
+_OF_LAYERS = [*_STRIDES, "q_layer", "logits_layer"]
 
 
 @triton.jit(do_not_specialize=["q_token", "q_head"])
@@ -83,17 +84,24 @@ def _product(
             tl.store(to, result, mask=here)
 
 
-@triton.jit(do_not_specialize=_STRIDES)
+@triton.jit(do_not_specialize=_OF_LAYERS)
 def _mean_key(
-    q, cells, token, length, state, blocks, pages, logits,
-    q_token, q_head, cell_block, cell_head, cell_chunk, row_blocks, row_pages, splits, scale,
+    q, cells, offsets, token, length, state, blocks, pages, logits,
+    q_token, q_layer, q_head, cell_block, cell_head, cell_chunk, row_blocks, row_pages, logits_layer, splits, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    CHUNK: tl.constexpr, PER_BLOCK: tl.constexpr, STATE_PAGE: tl.constexpr, TILE: tl.constexpr, WIDEN: tl.constexpr,
-    EARLY: tl.constexpr,
+    CHUNK: tl.constexpr, PER_BLOCK: tl.constexpr, STATE_PAGE: tl.constexpr, TILE: tl.constexpr, LAYERS: tl.constexpr,
+    WIDEN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (n·Hkv, splits): a program takes every splits-th tile of TILE chunks, all query heads of the group."""
+    """Grid (n·Hkv, splits, L): a program takes every splits-th tile of TILE chunks, all query heads of the group.
+    offsets: int64 [L], bytes from the cells of the first layer to those of each; looked at if there are LAYERS.
+    """
     if EARLY:
         await_grid()
+    if LAYERS:
+        layer = tl.program_id(2).to(tl.int64)
+        cells += tl.load(offsets + layer) // (cells.dtype.element_ty.primitive_bitwidth // 8)
+        q += layer * q_layer
+        logits += layer * logits_layer
     row, h = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     set_row = tl.load(state + row)
     tokens = tl.load(length + row)
@@ -165,17 +173,20 @@ def score_mean_key(
     chunk: int,
     scale: float,
     logits: torch.Tensor,
+    offsets: torch.Tensor | None = None,
 ) -> None:
-    """`score_rows` of the mean key."""
-    n, (_, q_heads, dim), (_, kv_heads, per_block, _) = len(rows.length), q.shape, cells.shape
+    """`score_rows` of the mean key; with `offsets` `score_layers`, cells are then the first layer's."""
+    layers = 1 if offsets is None else len(offsets)
+    n, (_, kv_heads, per_block, _), (q_heads, dim) = len(rows.length), cells.shape, q.shape[-2:]
     group, cells = q_heads // kv_heads, cells.view(q.dtype)
-    tile, splits = 64, _splits(n * kv_heads, rows, per_block, 64)
-    _mean_key[(n * kv_heads, splits)](
-        q, cells, rows.token, rows.length, rows.state, rows.block_table, sets.pages, logits,
-        q.stride(0), q.stride(1), *cells.stride()[:3], rows.block_table.stride(0), sets.pages.stride(0), splits, scale,
+    tile, splits = 64, _splits(n * kv_heads * layers, rows, per_block, 64)
+    _mean_key[(n * kv_heads, splits, layers)](
+        q, cells, offsets, rows.token, rows.length, rows.state, rows.block_table, sets.pages, logits,
+        q.stride(0), q.stride(1), q.stride(-2), *cells.stride()[:3], rows.block_table.stride(0), sets.pages.stride(0),
+        logits.stride(0), splits, scale,
         HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), D=dim,
         D_PAD=max(16, triton.next_power_of_2(dim)), CHUNK=chunk, PER_BLOCK=per_block, STATE_PAGE=PAGE, TILE=tile,
-        WIDEN=INTERPRETED and q.dtype == torch.bfloat16, **early(q.device),
+        LAYERS=offsets is not None, WIDEN=INTERPRETED and q.dtype == torch.bfloat16, **early(q.device),
     )  # fmt: skip
 
 

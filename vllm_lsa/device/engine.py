@@ -12,7 +12,6 @@ from vllm_lsa.device.control import DeviceControl, Selection, state_pages
 from vllm_lsa.device.history import FEW, TILE_TOKENS, History, HistoryReader
 from vllm_lsa.device.plan import DevicePlan, PrefillPlan
 from vllm_lsa.device.prefill import PrefillAttention, TorchPrefill
-from vllm_lsa.device.selection import apply_selection, by_chunk, first_step, write_by_chunk
 from vllm_lsa.device.side import SideStream
 from vllm_lsa.device.stalls import StallClock
 from vllm_lsa.device.state import PAGE, DeviceRefresh, DeviceRows, DeviceSets, DeviceTails
@@ -26,12 +25,15 @@ from vllm_lsa.metrics import MetricsWriter
 from vllm_lsa.ops import resident_rows as ops
 from vllm_lsa.ops.e4m3 import UNSCALED
 from vllm_lsa.ops.encode_rows import LayerCells, ProductCodec, encode_chunks, encode_decoded, encode_pages, of_layer
+from vllm_lsa.ops.native import power_of_two
+from vllm_lsa.ops.renew_set import MAX_TILE, renew_set
 from vllm_lsa.ops.resident_decode import Arrivals, DecodeScratch, leaves_room, resident_decode
-from vllm_lsa.ops.score_rows import score_rows, score_scratch
+from vllm_lsa.ops.score_rows import score_layers, score_rows, score_scratch
 from vllm_lsa.residency.plan import Row
 from vllm_lsa.residency.policies.base import ScoreInput
 from vllm_lsa.residency.policies.query import QueryPolicy
-from vllm_lsa.residency.requests import Request, StepUpdate
+from vllm_lsa.residency.requests import NewRequest, Request, StepUpdate
+from vllm_lsa.residency.selection import shared_scores
 from vllm_lsa.residency.usage import DECAY
 
 Tracer = Callable[[int, DevicePlan], None]
@@ -93,7 +95,8 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         # The same rows, where those whose sets need no refresh have none.
         self._refreshed = DeviceRows(token, length, refreshed, query_row, table)
         self._slot_of = torch.full((self.store.num_pages,), -1, dtype=torch.int32, device=device)
-        self._lane_page = torch.from_numpy(self.store.lane_offset).to(device)
+        # Long tiles for long lists: measured at 16K and 128K chunks.
+        self._tile = min(power_of_two(chunks), 1024 if chunks <= 1 << 15 else MAX_TILE)
         self._scratch = DecodeScratch.empty(rows, g, self._max_model_len, device)
         self._wanted = ops.DemandScratch.empty(
             rows, config.demand_chunks, num_pages if self._demand.index is not None else 1, g, device, chunks
@@ -104,10 +107,12 @@ class DeviceEngine(LsaEngine[DevicePlan]):
             if isinstance(index, ProductIndex)
             else None
         )
-        self._parts = [
-            (LayerCells([self.layout.part(cells, index) for cells in self._cells]), _codec(index))
-            for index in dict.fromkeys(i for i in (self._policy.index, self._demand.index) if i is not None)
-        ]
+        self._layer_cells = {
+            index: LayerCells([self.layout.part(cells, index) for cells in self._cells])
+            for index in (self._policy.index, self._demand.index)
+            if index is not None
+        }
+        self._parts = [(of_layers, _codec(index)) for index, of_layers in self._layer_cells.items()]
         self._key_scales = torch.tensor([scales.k for scales in self.kv_scales], device=device)
         # Of the last step, if one of its rows completed a chunk, whose cells are made before the next.
         self._completed: DeviceRows | None = None
@@ -134,6 +139,10 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         self._refresh_rows(self._refreshed.first(1))
         self._await_copies()
         ops.fetch(pool, host, self.refresh.copy_page[:1], self.refresh.copy_slot[:1], MANY_COPIES)
+        request = Request(NewRequest("", [0], g.chunk_tokens, 1))
+        self._places = {request: 0}
+        nothing = np.zeros(g.num_lanes, np.int64)
+        self._renew(Selection(request, 0, 0, 0, False), nothing, nothing + 1)
         none = torch.full((1,), -1, dtype=torch.int64, device=self._device)
         zero = torch.zeros(1, dtype=torch.int32, device=self._device)
         # In the middle of a row of q, k and v, as the model hands them on.
@@ -211,7 +220,8 @@ class DeviceEngine(LsaEngine[DevicePlan]):
             self._completed = real
         ops.advance(real, self.sets, self._slot_of, self._tails, self.geometry)
         for selection in selections:
-            self._renew(selection)
+            request = selection.request
+            self._renew(selection, self.control.selectable(request), self.control.owned(request))
         self._continue_refresh([placed[i].request for i in decodes])
         if prefills:
             step.prefill = self._plan_prefill(prefills, placed)
@@ -308,29 +318,25 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         size = self.geometry.block_tokens
         return request.blocks[request.num_computed // size : self.geometry.blocks(request.length)]
 
-    def _renew(self, selection: Selection) -> None:
-        """Choose a request's set and copy what it lacks, before the step's attention reads it."""
+    def _renew(self, selection: Selection, keep: np.ndarray, owned: np.ndarray) -> None:
+        """Choose a request's set and copy what it lacks, before the step's attention reads it. keep, owned: int64
+        [lanes], most full chunks of each, and slots."""
         assert self.store is not None
-        g, request, row = self.geometry, selection.request, selection.set_row
-        full = request.num_computed // g.chunk_tokens
+        config, request, row = self.config, selection.request, selection.set_row
+        full, begun = divmod(request.num_computed, self.geometry.chunk_tokens)
         usage = None
         if self._demand.index is not None:
-            usage = by_chunk(self.sets, row, self.sets.usage, full).contiguous()
-        mask = self._choose(request, selection.row, full, self.control.selectable(request), selection.cycle, usage)
-        if not selection.first:
-            write_by_chunk(self.sets, row, self.refresh.target, mask.to(torch.uint8))
-            self.refresh.selected[row] = full
-            self.refresh.chunk[row] = -1
-            mask = first_step(self.sets, row, mask)
-        blocks = self._upload(self.store.page_ids(request.blocks, np.arange(full + 1)))
-        counts = self.control.owned(request)
-        owned, most = self._upload(counts.astype(np.int32)), int(counts.max())
-        page, slot = apply_selection(self.sets, row, mask, owned, most, blocks, self._lane_page)
-        if selection.first and request.num_computed % g.chunk_tokens:
-            self._add_tail(row, full, page, slot, blocks)
-        self._incoming += (slot >= 0).sum()
+            usage = self.sets.by_chunk(row, self.sets.usage, full).contiguous()
+        scores = self._scores(request, selection.row, full, selection.cycle, usage)
+        if config.sets == "shared":
+            scores, keep = shared_scores(scores, config.mode), np.repeat(keep[:1], len(keep))
+        page, slot = renew_set(
+            scores, self.sets, self.refresh, row, self._rows.block_table, self._places[request], keep, owned,
+            self.geometry, threshold=config.threshold, sink=config.sink_chunks, recency=config.recency_chunks,
+            first=selection.first, copy_tail=selection.first and begun > 0, incoming=self._incoming, tile=self._tile,
+        )  # fmt: skip
         self._stalls.start()
-        ops.fetch(self.pool.pages, self.store.pages, page.contiguous(), slot.contiguous(), MANY_COPIES)
+        ops.fetch(self.pool.pages, self.store.pages, page, slot, MANY_COPIES)
         self._stalls.stop()
 
     def _score(self, request: Request, row: int, x: ScoreInput) -> torch.Tensor:
@@ -350,9 +356,7 @@ class DeviceEngine(LsaEngine[DevicePlan]):
             query_row=self._rows.query_row[here],
             block_table=self._rows.block_table[here],
         )
-        for layer, cells in enumerate(self._cells):
-            part = self.layout.part(cells, policy.index)
-            score_rows(self._queries[:, layer], part, rows, own, g.chunk_tokens, x.scale, logits[layer])
+        score_layers(self._queries, self._layer_cells[policy.index], rows, own, g.chunk_tokens, x.scale, logits)
         return policy.combine(logits.transpose(1, 2).flatten(2)[..., : x.num_chunks], x)
 
     def _continue_refresh(self, requests: list[Request]) -> None:
@@ -381,17 +385,6 @@ class DeviceEngine(LsaEngine[DevicePlan]):
         self._copying.join()
         if late:
             self._stalls.stop()
-
-    def _add_tail(
-        self, row: int, tail: int, page: torch.Tensor, slot: torch.Tensor, blocks: torch.Tensor
-    ) -> None:
-        """A first set's tail may hold tokens of the prompt: copy it as well."""
-        last = self.sets.counts[row].long() - 1
-        pages = self.sets.pages[row].long()
-        lanes = torch.arange(len(last), device=last.device)
-        at = last[:, None]
-        page.scatter_(1, at, (blocks[tail] + self._lane_page)[:, None])
-        slot.scatter_(1, at, self.sets.slot[pages[last // PAGE], lanes, last % PAGE][:, None])
 
     def _fetch(self, pages: np.ndarray, slots: np.ndarray) -> None:
         assert self.store is not None

@@ -109,6 +109,10 @@ class DeviceSets:
     def nbytes(self) -> int:
         return sum(x.nbytes for x in vars(self).values())
 
+    def by_chunk(self, row: int, paged: torch.Tensor, count: int) -> torch.Tensor:
+        """A row's values of a buffer by chunk, [lanes, count]."""
+        return paged[self.pages[row, : -(-count // PAGE)].long()].transpose(0, 1).flatten(1)[:, :count]
+
 
 NEXT = 8
 """Most chunks of a lane that are on their way at a time when a set is renewed in the background; a power of two."""

@@ -9,6 +9,7 @@ import torch
 
 from vllm_lsa.device.state import PAGE, DeviceRows, DeviceSets
 from vllm_lsa.ops.cuda_native import Form, built_library, cuda_library, launch
+from vllm_lsa.ops.encode_rows import LayerCells
 from vllm_lsa.ops.native import DTYPES, gather_cells, require, require_tensor, unsupported
 from vllm_lsa.ops.product_lse import CENTROIDS, product_chunk_logits_paged_naive
 
@@ -116,6 +117,42 @@ def score_rows(
     require(n <= MAX_ROWS, f"{n} rows are more than {MAX_ROWS}")
     arguments = product_arguments(q, cells, rows, sets, chunk, scale, logits, to_query, centroids, scratch, per_sm)
     launch(library, "lsa_product_score_rows", *arguments)
+
+
+def score_layers(
+    q: torch.Tensor,
+    cells: LayerCells,
+    rows: DeviceRows,
+    sets: DeviceSets,
+    chunk: int,
+    scale: float,
+    logits: torch.Tensor,
+) -> None:
+    """`score_rows` with mean keys, for all L layers at once. q: [T, L, Hq, D], heads one after the other. logits: fp32
+    [L, num_state_pages, Hq, 64]. The rest, and what is raised, as there; on CPU tensors this is `score_layers_naive`,
+    unless the kernels were loaded in Triton's interpreter.
+    """
+    kernels = sys.modules.get(_KERNELS)
+    if q.device.type == "cpu" and (kernels is None or not kernels.INTERPRETED):
+        return score_layers_naive(q, cells, rows, sets, chunk, scale, logits)
+    require(q.dim() == 4 and q.shape[1] == len(cells.parts), f"q must be [T, {len(cells.parts)}, Hq, D]: {q.shape}")
+    require_tensor("logits", logits, (len(cells.parts), *logits.shape[1:]), torch.float32, q.device)
+    if not len(rows.length):
+        return
+    first = cells.parts[0]
+    _check(q[:, 0], first, rows, sets, chunk, logits[0], None, None)
+    (kernels or import_module(_KERNELS)).score_mean_key(
+        q, first, rows, sets, chunk, scale, logits, cells.offsets
+    )  # fmt: skip
+
+
+def score_layers_naive(
+    q: torch.Tensor, cells: LayerCells, rows: DeviceRows, sets: DeviceSets, chunk: int, scale: float,
+    logits: torch.Tensor,
+) -> None:  # fmt: skip
+    """Twin of `score_layers`, layer by layer."""
+    for layer, part in enumerate(cells.parts):
+        score_rows_naive(q[:, layer], part, rows, sets, chunk, scale, logits[layer])
 
 
 def product_arguments(

@@ -4,6 +4,16 @@ import numpy as np
 import torch
 
 
+def room(budget_chunks: np.ndarray, num_chunks: int, sink_chunks: int, recency_chunks: int) -> np.ndarray:
+    """Chunks that each lane may keep for their scores, int64 as budget_chunks; below 1 where it has room for none."""
+    return np.minimum(budget_chunks, num_chunks) - min(sink_chunks + recency_chunks, num_chunks)
+
+
+def shared_scores(scores: torch.Tensor, mode: str) -> torch.Tensor:
+    """Scores [1, N] for all lanes, from those of each [L, N]: their maximum ("or") or mean ("mean")."""
+    return scores.amax(0, keepdim=True) if mode == "or" else scores.mean(0, keepdim=True)
+
+
 def select(
     scores: torch.Tensor, *, budget_chunks: np.ndarray, threshold: float, sink_chunks: int, recency_chunks: int,
     shared: bool, mode: str,
@@ -18,21 +28,21 @@ def select(
     """
     lanes, num_chunks = scores.shape
     if shared:
-        scores = scores.amax(0, keepdim=True) if mode == "or" else scores.mean(0, keepdim=True)
+        scores = shared_scores(scores, mode)
         budget_chunks = budget_chunks[:1]
     position = torch.arange(num_chunks, device=scores.device)
     forced = (position < sink_chunks) | (position >= num_chunks - recency_chunks)
-    room = np.minimum(budget_chunks, num_chunks) - min(sink_chunks + recency_chunks, num_chunks)
-    if room.max() <= 0:
+    most = room(budget_chunks, num_chunks, sink_chunks, recency_chunks)
+    if most.max() <= 0:
         return forced.expand(lanes, num_chunks).contiguous()
     eligible = (scores > threshold) & ~forced
     # Integers in the order of the scores, and of equals in that of the chunks: no two are the same.
     bits = (scores + 0.0).view(torch.int32)  # 0 has no sign
     keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32 | position
     keys = keys.masked_fill(~eligible, torch.iinfo(torch.int64).min)
-    best = keys.topk(int(room.max())).values
-    last = torch.from_numpy(np.maximum(room, 1) - 1).to(scores.device, non_blocking=True)
-    some = torch.from_numpy(room > 0).to(scores.device, non_blocking=True)
+    best = keys.topk(int(most.max())).values
+    last = torch.from_numpy(np.maximum(most, 1) - 1).to(scores.device, non_blocking=True)
+    some = torch.from_numpy(most > 0).to(scores.device, non_blocking=True)
     least = best.gather(1, last[:, None].expand(len(scores), 1))
     chosen = eligible & (keys >= least) & some[:, None]
     return (chosen | forced).expand(lanes, num_chunks).contiguous()
