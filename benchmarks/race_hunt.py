@@ -8,6 +8,7 @@ are any.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import subprocess
@@ -36,18 +37,21 @@ def generate(args: argparse.Namespace) -> None:
     from vllm import LLM, SamplingParams
 
     settings = {"budget": 0.2, "period": 16, "check": "poison", "device_pool_gib": args.pool_gib, "demand": args.demand}
-    llm = LLM(
-        args.model,
-        dtype="float32",
-        attention_backend="LSA",
-        additional_config={"lsa": settings},
-        enforce_eager=args.eager,
-        max_model_len=1024,
-        max_num_seqs=args.batch,
-        max_num_batched_tokens=2048,
-        gpu_memory_utilization=0.3,
-        seed=0,
-    )
+    with (args.out.parent / "turn").open("w") as turn:
+        # vLLM refuses to start where another gives memory back meanwhile.
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        llm = LLM(
+            args.model,
+            dtype="float32",
+            attention_backend="LSA",
+            additional_config={"lsa": settings},
+            enforce_eager=args.eager,
+            max_model_len=1024,
+            max_num_seqs=args.batch,
+            max_num_batched_tokens=2048,
+            gpu_memory_utilization=0.3,
+            seed=0,
+        )
     params = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True, detokenize=False)
     engine, waiting = llm.llm_engine, list(enumerate(requests(args.generations, args.seed)))
     found: dict[str, list[int]] = {}

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.amx import without_amx
 from tests.v4_runs import BATCHES, KEEP_ALL, LAYERS, LONG, MIXED, PAGE, TOKENS, batch, run, scorers
 
 KEYS = 8640
@@ -42,7 +41,6 @@ def test_sparse_decode_scores_the_keys_of_its_set(v4_path: Path, tmp_path):
 
 
 @pytest.mark.vllm
-@without_amx
 def test_chunks_and_cached_prefixes_change_nothing(v4_path, tmp_path):
     batches = [batch(MIXED[0], MIXED[2]), batch(MIXED[2])]
     stock = run(tmp_path / "stock", v4_path, batches[:1], fallbacks=True)

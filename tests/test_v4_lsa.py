@@ -71,7 +71,6 @@ def test_exact_gives_what_stock_vllm_gives_at_any_budget(stock, v4_path, tmp_pat
 
 
 @pytest.mark.vllm
-@without_amx
 def test_chunks_and_cached_prefixes_change_nothing(steady, v4_path, tmp_path):
     batches = [batch(MIXED[0], MIXED[2]), batch(MIXED[2])]
     lsa = run(tmp_path, v4_path, batches, {**KEEP_ALL, "check": "poison"}, chunk=500, fallbacks=True)

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from tests.amx import without_amx
 from tests.paths import run_module
 from tests.v4 import install, model
 from tests.v4_runs import KEEP_ALL, LAYERS, LONG, MIXED, PAGE, Batch, batch
@@ -23,7 +22,6 @@ def run(folder: Path, path: Path, batches: list[Batch], lsa: dict[str, Any] | No
 
 
 @pytest.mark.vllm
-@without_amx
 def test_two_ranks_give_what_two_ranks_of_stock_vllm_give(v4_path, tmp_path):
     batches = [batch(*MIXED[1:])]
     stock = run(tmp_path / "stock", v4_path, batches, None)
@@ -33,7 +31,6 @@ def test_two_ranks_give_what_two_ranks_of_stock_vllm_give(v4_path, tmp_path):
 
 
 @pytest.mark.vllm
-@without_amx
 def test_two_ranks_choose_the_same_sets(v4_path, tmp_path):
     settings = {"indexer": "native", "budget": 0.75, "period": 16, "recency_tokens": 1792, "check": "poison"}
     settings["device_pool_gib"] = 26 * LAYERS * PAGE / 2**30

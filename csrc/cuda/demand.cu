@@ -222,6 +222,7 @@ struct Search : Lane {
       const uint64_t first = highest(own);
       const int pick = chunk_of(first);
       part = __reduce_max_sync(~0u, own == first ? part : -1);
+      __syncwarp();  // all have read what changes
       if (!self) {
         shared.picked[step] = pick;
         p.sets.held[at(pick)] = 1;

@@ -86,6 +86,16 @@ def _install() -> None:
     if not HAS_TRITON:
         register_kernels(metadata.KERNELS)
     _complete_layer_types()
+    _without_small_tiles()
+
+
+def _without_small_tiles() -> None:
+    """vLLM's AMX kernel ends the process on weights of eight outputs, and its results depend on what is in a step."""
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu
+    from vllm.model_executor.layers import utils
+
+    for module in (utils, cpu):
+        module.check_cpu_sgl_kernel = lambda n, k, dtype: False
 
 
 def _complete_layer_types() -> None:
