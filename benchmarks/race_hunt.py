@@ -56,8 +56,7 @@ def generate(args: argparse.Namespace) -> None:
     engine, waiting = llm.llm_engine, list(enumerate(requests(args.generations, args.seed)))
     found: dict[str, list[int]] = {}
     running, progress = 0, tqdm(total=args.generations, mininterval=5, desc="eager" if args.eager else "graphs")
-    end = time.monotonic() + args.seconds
-    while (waiting or engine.has_unfinished_requests()) and time.monotonic() < end:
+    while (waiting or engine.has_unfinished_requests()) and time.monotonic() < args.until:
         # By the engine's own steps, so that both runs schedule alike.
         while waiting and running < args.batch:
             number, prompt = waiting.pop(0)
@@ -71,8 +70,9 @@ def generate(args: argparse.Namespace) -> None:
     args.out.write_text(json.dumps(found))
 
 
-def start(args: argparse.Namespace, blocking: bool, out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "benchmarks.race_hunt", *sys.argv[1:], "--only", "--out", str(out)]
+def start(until: float, blocking: bool, out: Path) -> subprocess.Popen[bytes]:
+    options = ["--only", "--out", str(out), "--until", repr(until)]
+    command = [sys.executable, "-m", "benchmarks.race_hunt", *sys.argv[1:], *options]
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
     if blocking:
         env["CUDA_LAUNCH_BLOCKING"] = "1"
@@ -90,17 +90,22 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs, both engines")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="stop after that and compare what both have finished"
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="stop after that, start-up included, and compare what both have finished",
     )
     parser.add_argument("--only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
         return generate(args)
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / "served.json", Path(folder) / "waited.json"]
-        running = [start(args, blocking, out) for blocking, out in zip((False, True), files, strict=True)]
+        until = time.monotonic() + args.seconds  # the same clock in all processes
+        running = [start(until, blocking, out) for blocking, out in zip((False, True), files, strict=True)]
         if failed := [process.args for process in running if process.wait()]:
             sys.exit(f"failed: {failed}")
         served, waited = (json.loads(out.read_text()) for out in files)
