@@ -47,7 +47,7 @@ class LsaServer:
         self.temporary = tempfile.TemporaryDirectory(prefix="lsa-test-")
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL), "--port", str(port)]
         command += ["--host", "127.0.0.1", "--served-model-name", "m", "--dtype", "float32", "--enforce-eager"]
-        command += ["--gpu-memory-utilization", "0.4", "--max-model-len", "2048", "--max-num-seqs", "16"]
+        command += ["--gpu-memory-utilization", "0.25", "--max-model-len", "2048", "--max-num-seqs", "16"]
         command += ["--attention-backend", "LSA", "--additional-config", json.dumps({"lsa": lsa}), *more]
         environment = {**os.environ, **ENVIRONMENT, "TMPDIR": self.temporary.name}
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else every server of this machine takes the same core

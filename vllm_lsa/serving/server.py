@@ -85,9 +85,12 @@ class Server:
         if lsa is not None:
             self._command += ["--additional-config", json.dumps({"lsa": dict(lsa)})]
         # Compiling would take longer than the demo; a small prefill chunk needs little working memory.
-        self._command += ["--enforce-eager", "--max-num-batched-tokens", "1024", "--gpu-memory-utilization", "0.4"]
+        self._command += ["--enforce-eager", "--max-num-batched-tokens", "1024"]
         self._environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-        if "cpu" in version("vllm"):
+        on_cpu = "cpu" in version("vllm")
+        # Of a CPU's memory vLLM wants that much to be free when it starts, whatever it needs.
+        self._command += ["--gpu-memory-utilization", "0.25" if on_cpu else "0.4"]
+        if on_cpu:
             # The worker inside the engine process starts 30 s sooner, and threads without binding use every core:
             # vLLM's own choice keeps one for the server. Few CPUs multiply bf16 faster than fp32.
             self._command += ["--distributed-executor-backend", "uni"]
