@@ -83,20 +83,16 @@ def score_rows(
     kernels were loaded in Triton's interpreter. Raises ValueError on a bad shape, dtype, stride or address, LsaError if
     CUDA refuses the launch; what only the device knows is not checked.
     """
-    kernels = sys.modules.get(_KERNELS)
+    if _without_kernels(q.device):
+        return score_rows_naive(q, cells, rows, sets, chunk, scale, logits, to_query, centroids)
     if q.device.type == "cpu":
-        if kernels is None or not kernels.INTERPRETED:
-            return score_rows_naive(q, cells, rows, sets, chunk, scale, logits, to_query, centroids)
         form = "triton"
-    elif q.device.type != "cuda":
-        raise unsupported(q.device)
-
     n = rows.length.shape[0]
     if n == 0:
         return
     _check(q, cells, rows, sets, chunk, logits, to_query, centroids)
     if centroids is None:
-        (kernels or import_module(_KERNELS)).score_mean_key(q, cells, rows, sets, chunk, scale, logits)
+        import_module(_KERNELS).score_mean_key(q, cells, rows, sets, chunk, scale, logits)
         return
     assert to_query is not None
     form = form or product_form()
@@ -109,9 +105,7 @@ def score_rows(
     assert scratch is not None
     require(scratch.numel() >= needed, f"scratch has {scratch.numel()} bytes, {n} rows need {needed}")
     if form == "triton":
-        (kernels or import_module(_KERNELS)).score_product(
-            q, cells, rows, sets, to_query, centroids, chunk, scale, logits, scratch
-        )
+        import_module(_KERNELS).score_product(q, cells, rows, sets, to_query, centroids, chunk, scale, logits, scratch)
         return
     library = built_library()
     require(n <= MAX_ROWS, f"{n} rows are more than {MAX_ROWS}")
@@ -132,8 +126,7 @@ def score_layers(
     [L, num_state_pages, Hq, 64]. The rest, and what is raised, as there; on CPU tensors this is `score_layers_naive`,
     unless the kernels were loaded in Triton's interpreter.
     """
-    kernels = sys.modules.get(_KERNELS)
-    if q.device.type == "cpu" and (kernels is None or not kernels.INTERPRETED):
+    if _without_kernels(q.device):
         return score_layers_naive(q, cells, rows, sets, chunk, scale, logits)
     require(q.dim() == 4 and q.shape[1] == len(cells.parts), f"q must be [T, {len(cells.parts)}, Hq, D]: {q.shape}")
     require_tensor("logits", logits, (len(cells.parts), *logits.shape[1:]), torch.float32, q.device)
@@ -141,9 +134,16 @@ def score_layers(
         return
     first = cells.parts[0]
     _check(q[:, 0], first, rows, sets, chunk, logits[0], None, None)
-    (kernels or import_module(_KERNELS)).score_mean_key(
-        q, first, rows, sets, chunk, scale, logits, cells.offsets
-    )  # fmt: skip
+    import_module(_KERNELS).score_mean_key(q, first, rows, sets, chunk, scale, logits, cells.offsets)
+
+
+def _without_kernels(device: torch.device) -> bool:
+    """Whether a twin does the work: on a CPU, unless the kernels were loaded in Triton's interpreter. Raises LsaError
+    on devices other than CPUs and those of CUDA."""
+    if device.type not in ("cpu", "cuda"):
+        raise unsupported(device)
+    kernels = sys.modules.get(_KERNELS)
+    return device.type == "cpu" and (kernels is None or not kernels.INTERPRETED)
 
 
 def score_layers_naive(
