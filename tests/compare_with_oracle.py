@@ -106,7 +106,7 @@ def main() -> None:
         str(MODEL),
         dtype="float32",
         enforce_eager=True,
-        gpu_memory_utilization=0.25,
+        gpu_memory_utilization=0.4,
         max_model_len=8192,
         max_num_seqs=4,
         kv_cache_memory_bytes=4 << 30,
